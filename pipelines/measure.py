@@ -1,0 +1,317 @@
+"""The worker that measures: one shard in, one Parquet file a stage out, each a finished unit of work.
+
+A task names a shard, where its units lie and which of them are still to be made. The worker streams the shard's samples
+once; every cheap stage of the pass sees the same decoded picture, and pixels are let go after each transport batch. A model
+stage (compute_batch > 0) sees the shard's measured rows in order, in batches of its own size, whatever the transport batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.engine import chunked
+from cluster.storage import Folder
+from pipelines.readers import InputShard, Sample, read
+from stages.contract import Batch, Column, Context, LazyImage, Measure, Stage
+from stages.decode import EncodedImage, sniff
+
+ROWS_SCHEMA = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("image_id", pa.string()),
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("member", pa.string()),
+        ("source_uid", pa.string()),
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("alternatives", pa.list_(pa.string())),
+        ("sha256", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("ext", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+# Reader columns that stages and rules may name without a stage before them.
+READER_COLUMNS = (*ROWS_SCHEMA.names, "shard", "image")
+
+
+def arrow_type(text: str) -> pa.DataType:
+    """The Arrow type of a column's spelling in `stages.contract.Column`."""
+    kind, bracket, size = text.rstrip("]").partition("[")
+    if bracket and kind == "fixed_binary":
+        return pa.binary(int(size))
+    if bracket:
+        return pa.list_(arrow_type(kind), int(size) if size else -1)
+    return pa.type_for_alias(kind)
+
+
+def identify(sample: Sample) -> tuple[str, str | None, str | None]:
+    """(uid, image_id, sha256 of the image bytes) of a sample: content alone, neither position nor name."""
+    caption = hashlib.sha256((sample.caption or "").encode("utf-8", "surrogatepass")).hexdigest()
+    if sample.data is None:
+        # A row without bytes is known by its URL and caption, in a domain of its own.
+        url = hashlib.sha256((sample.url or "").encode("utf-8", "surrogatepass")).hexdigest()
+        return _id("sluice1-no-bytes", url, caption), None, None
+    image = hashlib.sha256(sample.data).hexdigest()
+    return _id("sluice1", image, caption), image[:32], image
+
+
+def _id(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@dataclass
+class StageJob:
+    """One stage of a pass as workers get it: the description and the name of its instance in the recipe."""
+
+    name: str
+    stage: Stage
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(self.stage.adds)
+
+    def to_json(self) -> dict[str, Any]:
+        kind = type(self.stage)
+        return {"name": self.name, "class": f"{kind.__module__}:{kind.__qualname__}", "options": asdict(self.stage)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> StageJob:
+        module, _, name = value["class"].partition(":")
+        kind = getattr(importlib.import_module(module), name)
+        # Lists back to tuples: JSON has no tuples, and options are never lists.
+        options = {
+            key: tuple(option) if isinstance(option, list) else option for key, option in value["options"].items()
+        }
+        return cls(value["name"], kind(**options))
+
+
+@dataclass
+class _Gathered:
+    """One stage's answers for a shard, row by row, and the rows waiting for its next batch."""
+
+    job: StageJob
+    values: dict[str, list[Any]]
+    errors: list[str | None] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+
+
+class MeasureWorker:
+    """Opens the stages of a pass once and measures shards with them. Config and tasks are JSON; see `pipelines.runner`."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.store = Folder(config["store"])
+        self.context = Context(models=tuple(config["models"]), device=config["device"])
+        self.transport_batch: int = config["transport_batch"]
+        self.jobs = [StageJob.from_json(job) for job in config["jobs"]]
+        self.opened: dict[str, Measure] = {}
+
+    def measure_of(self, job: StageJob) -> Measure:
+        if job.name not in self.opened:
+            self.opened[job.name] = job.stage.open(self.context)
+        return self.opened[job.name]
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Make the task's missing units. Returns the shard's rows and seconds."""
+        started = time.perf_counter()
+        shard = InputShard.from_json(task["shard"])
+        todo = [job for job in self.jobs if job.name in task["todo"]]
+        gates = self._gates(task)
+        has_rows = self.store.exists(task["rows"])
+        rows = pq.read_table(self.store.open(task["rows"])) if has_rows else None
+        first = [job for job in todo if not _stage_columns(job)]
+        if rows is None or any("image" in job.stage.needs for job in first):
+            rows = self._stream(shard, first, rows, gates, task)
+        else:
+            self._from_columns(rows, first, {}, gates, task)
+        # Stages that need another stage's columns read them from its finished unit.
+        for job in todo:
+            if needed := _stage_columns(job):
+                self._from_columns(rows, [job], self._load(task, needed), gates, task)
+        return {"shard": task["digest"], "rows": rows.num_rows, "seconds": time.perf_counter() - started}
+
+    def _gates(self, task: dict[str, Any]) -> list[str | None] | None:
+        """For each row, why it is not to be measured in this pass, or None."""
+        if not task.get("gate"):
+            return None
+        return pq.read_table(self.store.open(task["gate"]), columns=["gate"])["gate"].to_pylist()
+
+    def _load(self, task: dict[str, Any], needed: Sequence[str]) -> dict[str, Sequence[Any]]:
+        columns: dict[str, Sequence[Any]] = {}
+        for name in needed:
+            instance, _, column = name.partition(".")
+            table = pq.read_table(self.store.open(task["units"][instance]), columns=[column])
+            columns[name] = table[column].to_pylist()
+        return columns
+
+    def _stream(
+        self,
+        shard: InputShard,
+        jobs: list[StageJob],
+        rows: pa.Table | None,
+        gates: list[str | None] | None,
+        task: dict[str, Any],
+    ) -> pa.Table:
+        """One pass over the shard's bytes: write its rows if that is still to be done, and feed the stages."""
+        gathered = [_gather(job) for job in jobs]
+        described: list[dict[str, Any]] = []
+        index = 0
+        pending: dict[int, tuple[dict[str, Any], EncodedImage]] = {}
+        for samples in chunked(read(shard), self.transport_batch):
+            for sample in samples:
+                row = _describe(sample, index)
+                if rows is None:
+                    described.append(row)
+                pending[index] = (row, EncodedImage(sample.data, sample.error))
+                index += 1
+            for part in gathered:
+                self._take(part, pending, range(index - len(samples), index), gates, task["digest"])
+            still_wanted = {row for part in gathered for row in part.waiting}
+            pending = {row: held for row, held in pending.items() if row in still_wanted}
+            for _, image in pending.values():
+                image.release()
+        for part in gathered:
+            self._flush(part, pending, len(part.waiting), task["digest"])
+        if rows is None:
+            rows = pa.Table.from_pylist(described, schema=ROWS_SCHEMA)
+            write_table(self.store, task["rows"], rows)
+        if rows.num_rows != index:
+            raise RuntimeError(f"{shard.address} held {rows.num_rows} rows when first read and {index} now")
+        for part in gathered:
+            self._write(part, task)
+        return rows
+
+    def _from_columns(
+        self,
+        rows: pa.Table,
+        jobs: list[StageJob],
+        more: Mapping[str, Sequence[Any]],
+        gates: list[str | None] | None,
+        task: dict[str, Any],
+    ) -> None:
+        """Stages that look at columns alone: no bytes are read again."""
+        if not jobs:
+            return
+        columns = {name: rows[name].to_pylist() for name in rows.column_names}
+        pending = {
+            index: (
+                {name: values[index] for name, values in (*columns.items(), *more.items())},
+                EncodedImage(None, columns["error"][index]),
+            )
+            for index in range(rows.num_rows)
+        }
+        for job in jobs:
+            part = _gather(job)
+            self._take(part, pending, range(rows.num_rows), gates, task["digest"])
+            self._flush(part, pending, len(part.waiting), task["digest"])
+            self._write(part, task)
+
+    def _take(
+        self,
+        part: _Gathered,
+        pending: Mapping[int, tuple[dict[str, Any], EncodedImage]],
+        fresh: range,
+        gates: list[str | None] | None,
+        shard: str,
+    ) -> None:
+        """Queue fresh rows for a stage, and run it on as many full batches as are there."""
+        for row in fresh:
+            for values in part.values.values():
+                values.append(None)
+            gate = gates[row] if gates else None
+            broken = pending[row][0]["error"] if not _stage_columns(part.job) else None
+            part.errors.append(gate or broken)
+            if gate is None and broken is None:
+                part.waiting.append(row)
+        size = part.job.stage.compute_batch or self.transport_batch
+        while len(part.waiting) >= size:
+            self._flush(part, pending, size, shard)
+        if not part.job.stage.compute_batch:
+            self._flush(part, pending, len(part.waiting), shard)
+
+    def _flush(
+        self, part: _Gathered, pending: Mapping[int, tuple[dict[str, Any], EncodedImage]], count: int, shard: str
+    ) -> None:
+        """Run the stage on its first `count` waiting rows."""
+        if not count:
+            return
+        chosen, part.waiting = part.waiting[:count], part.waiting[count:]
+        held = [pending[row] for row in chosen]
+        names = held[0][0].keys()
+        columns: dict[str, Sequence[Any]] = {name: [row[name] for row, _ in held] for name in names}
+        columns["shard"] = [shard] * count
+        images: list[LazyImage] = [image for _, image in held]
+        answer = self.measure_of(part.job)(Batch(columns, images))
+        for name, values in part.values.items():
+            given = answer.values[name]
+            if len(given) != count:
+                raise RuntimeError(f"stage {part.job.name} gave {len(given)} values of {name} for {count} rows")
+            for row, value in zip(chosen, given, strict=True):
+                values[row] = value
+        for row, error in zip(chosen, answer.errors or [None] * count, strict=True):
+            part.errors[row] = error
+
+    def _write(self, part: _Gathered, task: dict[str, Any]) -> None:
+        arrays = {
+            column.name: pa.array(_plain(part.values[column.name]), arrow_type(column.type))
+            for column in part.job.columns
+        }
+        arrays["error"] = pa.array(part.errors, pa.string())
+        write_table(self.store, task["units"][part.job.name], pa.table(arrays))
+
+
+def _gather(job: StageJob) -> _Gathered:
+    return _Gathered(job, {column.name: [] for column in job.columns})
+
+
+def _plain(values: list[Any]) -> list[Any]:
+    """numpy scalars and vectors as Arrow takes them."""
+    return [value.item() if getattr(value, "shape", None) == () else value for value in values]
+
+
+def _stage_columns(job: StageJob) -> tuple[str, ...]:
+    """The columns of other stages that a stage needs."""
+    return tuple(name for name in job.stage.needs if "." in name)
+
+
+def _describe(sample: Sample, index: int) -> dict[str, Any]:
+    uid, image_id, sha256 = identify(sample)
+    data = sample.data
+    return {
+        "uid": uid,
+        "image_id": image_id,
+        "index": index,
+        "key": sample.key,
+        "member": sample.member,
+        "source_uid": sample.source_uid,
+        "url": sample.url,
+        "caption": sample.caption,
+        "alternatives": sample.alternatives,
+        "sha256": sha256,
+        "size_bytes": len(data) if data is not None else 0,
+        "ext": sniff(data) if data else None,
+        "error": sample.error or (None if data else "no image bytes"),
+    }
+
+
+def write_table(store: Folder, path: str, table: pa.Table) -> None:
+    """Commit one Parquet file. The same rows give the same bytes."""
+    store.write_with(path, lambda stream: pq.write_table(table, stream, compression="zstd"))
+
+
+def read_columns(store: Folder, path: str, columns: Sequence[str]) -> pa.Table:
+    return pq.read_table(store.open(path), columns=list(columns))
+
+
+def iter_tables(store: Folder, paths: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+    for path in paths:
+        yield read_columns(store, path, columns)

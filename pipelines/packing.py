@@ -1,0 +1,284 @@
+"""Packing: the ledger, captions, features and tar of one run of input shards, deterministic to the byte.
+
+An output shard covers a fixed run of input shards, so one changed verdict rewrites one tar. Kept samples keep their original
+bytes; nothing is re-encoded. Every file is committed under a name that says what went into it, so finished files are found
+again and never made twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pat
+
+from cluster.storage import Folder
+from pipelines.measure import arrow_type, write_table
+from pipelines.readers import InputShard, read
+from stages.contract import digest_of
+
+PACKING_VERSION = 1
+
+# Columns of the ledger before those that stages measured.
+LEDGER_READER_COLUMNS = ("uid", "image_id", "shard", "index", "key", "member", "source_uid", "url", "size_bytes")
+CAPTIONS_SCHEMA = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("caption_id", pa.string()),
+        ("source", pa.string()),
+        ("model", pa.string()),
+        ("revision", pa.string()),
+        ("text", pa.string()),
+        ("token_count", pa.int32()),
+        ("clip_score", pa.float32()),
+        ("status", pa.string()),
+    ]
+)
+
+
+def output_key(group: int, position: int) -> str:
+    """img2dataset's key of a sample: its shard's number, then its place, in digits alone (dots merge samples)."""
+    return f"{group:06d}{position:06d}"
+
+
+class PackWorker:
+    """Packs one group of input shards a task. Config: store, columns (from the plan), clip (stage with scores, or null)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.store = Folder(config["store"])
+        self.columns: list[dict[str, Any]] = config["columns"]
+        self.clip: str | None = config["clip"]
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Make what is missing of the group's files; returns their logical digests, counts and places."""
+        tables = [self._shard_table(shard) for shard in task["shards"]]
+        table = pa.concat_tables(tables)
+        keys, position = [], 0
+        for verdict in table["verdict"].to_pylist():
+            kept = verdict == "kept"
+            keys.append(output_key(task["group"], position) if kept else None)
+            position += kept
+        name = f"shards/{task['group']:06d}.tar"
+        table = table.append_column("output_shard", pa.array([key and name for key in keys], pa.string()))
+        table = table.append_column("output_key", pa.array(keys, pa.string()))
+        files = {f"ledger/{task['group']:06d}.parquet": self._commit("ledger", self._ledger(table))}
+        files[f"captions/{task['group']:06d}.parquet"] = self._commit("captions", self._captions(table))
+        if any(column["feature"] for column in self.columns):
+            files[f"features/{task['group']:06d}.parquet"] = self._commit("features", self._features(table))
+        shard = self._tar(task, table) if position else None
+        return {"group": task["group"], "files": files, "shard": shard}
+
+    def _shard_table(self, shard: dict[str, Any]) -> pa.Table:
+        """Rows, verdicts and every measured column of one input shard."""
+        rows = pq.read_table(self.store.open(shard["rows"]))
+        table = rows.append_column("shard", pa.array([shard["digest"]] * rows.num_rows, pa.string()))
+        verdicts = pq.read_table(self.store.open(shard["verdicts"]))
+        for name in verdicts.column_names:
+            table = table.append_column(name, verdicts[name])
+        for stage, path in shard["units"].items():
+            unit = pq.read_table(self.store.open(path))
+            for name in unit.column_names:
+                table = table.append_column(f"{stage}.{name}", unit[name])
+        return table
+
+    def _ledger(self, table: pa.Table) -> pa.Table:
+        verdict = ("verdict", "stage", "rule", "reason", "value", "threshold", "failed_rules", "keeper_uid", "distance")
+        measured = [column["name"] for column in self.columns if not column["feature"]]
+        return table.select(
+            [*LEDGER_READER_COLUMNS, *verdict, "split", "output_shard", "output_key", *measured]
+        ).combine_chunks()
+
+    def _captions(self, table: pa.Table) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        names = ("uid", "image_id", "caption", "alternatives")
+        scored = self.clip is not None
+        scores = table[f"{self.clip}.score"].to_pylist() if scored else [None] * table.num_rows
+        tokens = table[f"{self.clip}.text_tokens"].to_pylist() if scored else [None] * table.num_rows
+        for place, row in enumerate(table.select(list(names)).to_pylist()):
+            original = (
+                [(row["caption"], "original", tokens[place], scores[place])] if row["caption"] is not None else []
+            )
+            others = [(text, "alternative", None, None) for text in row["alternatives"] or []]
+            for ordinal, (text, source, token_count, score) in enumerate([*original, *others]):
+                rows.append(
+                    {
+                        "uid": row["uid"],
+                        "caption_id": digest_of("caption", row["image_id"], source, None, None, text, ordinal),
+                        "source": source,
+                        "text": text,
+                        "token_count": token_count,
+                        "clip_score": score,
+                        "status": "ok" if text.strip() else "empty",
+                    }
+                )
+        return pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
+
+    def _features(self, table: pa.Table) -> pa.Table:
+        names = [column["name"] for column in self.columns if column["feature"]]
+        return table.select(["uid", "shard", "index", *names]).combine_chunks()
+
+    def _commit(self, kind: str, table: pa.Table) -> dict[str, Any]:
+        digest = logical_digest(table)
+        place = f"units/{kind}/{digest[:32]}.parquet"
+        if not self.store.exists(place):
+            write_table(self.store, place, table)
+        return {"digest": digest, "rows": table.num_rows, "place": place}
+
+    def _tar(self, task: dict[str, Any], table: pa.Table) -> dict[str, Any]:
+        """The group's tar, named by what is in it; its record is written after it and says that it is whole."""
+        split = table["split"].to_pylist()
+        chosen = [index for index, key in enumerate(table["output_key"].to_pylist()) if key]
+        inputs = [shard["digest"] for shard in task["shards"]]
+        picked = table.select(["uid", "output_key", "split", "shard", "index"]).take(pa.array(chosen, pa.int64()))
+        name = digest_of("tar", PACKING_VERSION, picked.to_pylist())
+        place, record_place = f"units/tars/{name}.tar", f"units/tars/{name}.json"
+        if not self.store.exists(record_place):
+            digest = _DigestingWriter()
+            self.store.write_with(place, lambda stream: self._fill_tar(digest.onto(stream), task, table))
+            self.store.write_json(record_place, {"digest": digest.hexdigest(), "size_bytes": digest.size_bytes})
+        return {
+            "path": f"shards/{task['group']:06d}.tar",
+            **self.store.read_json(record_place),
+            "count": len(chosen),
+            "held_out": sum(split[index] == "held_out" for index in chosen),
+            "inputs": inputs,
+            "place": place,
+        }
+
+    def _fill_tar(self, stream: IO[bytes], task: dict[str, Any], table: pa.Table) -> None:
+        names = [name for name in table.column_names if "." not in name]
+        sizes = [name for name in ("decode.width", "decode.height") if name in table.column_names]
+        rows = table.select([*names, *sizes])
+        first = 0
+        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+            for shard in task["shards"]:
+                for offset, sample in enumerate(read(InputShard.from_json(shard["shard"]))):
+                    row = rows.slice(first + offset, 1).to_pylist()[0]
+                    if row["output_key"]:
+                        for member, data in _members(row, sample.data or b""):
+                            _add(archive, member, data)
+                first += shard["count"]
+
+
+def _members(row: dict[str, Any], data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The members of one kept sample in img2dataset's layout."""
+    key = row["output_key"]
+    caption = row["caption"] or ""
+    metadata = {
+        "uid": row["uid"],
+        "image_id": row["image_id"],
+        "key": key,
+        "caption": caption,
+        "alternatives": row["alternatives"] or [],
+        "url": row["url"],
+        "source_uid": row["source_uid"],
+        "source_shard": row["shard"],
+        "source_index": row["index"],
+        "source_key": row["key"],
+        "width": row.get("decode.width"),
+        "height": row.get("decode.height"),
+        "sha256": row["sha256"],
+        "split": row["split"],
+        "status": "success",
+        "error_message": None,
+    }
+    yield f"{key}.{row['ext'] or 'bin'}", data
+    yield f"{key}.txt", caption.encode("utf-8", "replace")
+    yield f"{key}.json", json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """One member with everything fixed that a clock, a user or a machine would vary."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime, entry.mode = len(data), 0, 0o644
+    archive.addfile(entry, io.BytesIO(data))
+
+
+class _DigestingWriter:
+    """A stream that passes bytes on and digests them on the way."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._stream: IO[bytes] | None = None
+        self.size_bytes = 0
+
+    def onto(self, stream: IO[bytes]) -> Any:
+        self._stream = stream
+        return self
+
+    def write(self, data: bytes) -> int:
+        assert self._stream is not None
+        self._stream.write(data)
+        self._digest.update(data)
+        self.size_bytes += len(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def logical_digest(table: pa.Table) -> str:
+    """sha256 over a table's rows as values: the same whatever the file's encoding, compression or chunks.
+
+    Each column is taken as its name, its type, which rows are null, and its values with nulls as zero or nothing.
+    """
+    total = hashlib.sha256()
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        total.update(f"{name}\0{column.type}\0{len(column)}\0".encode())
+        _digest_array(total, column)
+    return total.hexdigest()
+
+
+def _digest_array(total: Any, column: pa.Array) -> None:
+    kind = column.type
+    total.update(np.packbits(column.is_null().to_numpy(zero_copy_only=False)).tobytes())
+    if pat.is_fixed_size_list(kind):
+        flat = column.drop_null().flatten()
+        total.update(np.ascontiguousarray(flat.to_numpy(zero_copy_only=False)).tobytes())
+    elif pat.is_list(kind):
+        total.update(json.dumps(column.to_pylist(), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    elif pat.is_floating(kind) or pat.is_integer(kind) or pat.is_boolean(kind):
+        present = column.drop_null()
+        total.update(np.ascontiguousarray(present.to_numpy(zero_copy_only=False)).tobytes())
+    else:
+        for value in column.drop_null().to_pylist():
+            data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+            total.update(len(data).to_bytes(8, "little") + data)
+
+
+def ledger_columns(stages: Sequence[tuple[str, Any]], model_digests: dict[str, str]) -> list[dict[str, Any]]:
+    """The manifest's description of every measured column: `<stage>.<name>`, type, unit, scale, model."""
+    described = []
+    for name, stage in stages:
+        for column in stage.adds:
+            described.append(
+                {
+                    "name": f"{name}.{column.name}",
+                    "type": str(arrow_type(column.type)),
+                    "unit": column.unit,
+                    "scale": column.scale,
+                    "stage": name,
+                    "model_digest": model_digests.get(name),
+                    "feature": column.feature,
+                }
+            )
+        described.append(
+            {
+                "name": f"{name}.error",
+                "type": "string",
+                "unit": "",
+                "scale": "",
+                "stage": name,
+                "model_digest": None,
+                "feature": False,
+            }
+        )
+    return described

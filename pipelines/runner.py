@@ -1,0 +1,490 @@
+"""The runner: a plan carried out on an engine, unit by unit, until a snapshot stands.
+
+    fingerprint the input -> measure (cheap stages, then costly ones on the rows their gates let through)
+      -> judge (rules and barriers over small columns) -> pack (ledger, captions, features, tars) -> manifest
+
+Each arrow ends in committed files named by what went into them. A killed run, started again, finds what is finished and does
+the rest; the bytes are the same. `select` is the same road without measuring.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.engine import Engine, LocalEngine, open_engine
+from cluster.storage import Folder, absolute, lease
+from pipelines.judge import Gating, JudgedShard, judge_all, judge_gate
+from pipelines.measure import MeasureWorker, read_columns
+from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
+from pipelines.plan import Pass, Plan, count_missing, make_plan
+from pipelines.progress import Progress, say
+from pipelines.readers import InputShard, discover, shard_digest
+from pipelines.recipe import Recipe, RecipeError
+from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
+from stages.contract import Context, digest_of
+
+SMALL_INPUT_BYTES = 256 << 20
+FINGERPRINTS = "units/fingerprints.json"
+# Weights of the made-up world lie in the package, so that its recipes run anywhere.
+SHIPPED_MODELS = str(Path(__file__).parent / "demo" / "weights")
+
+
+@dataclass
+class Options:
+    """How to run: nothing here changes what comes out, but for `limit` (fewer rows) and `parents` (inherited sides)."""
+
+    output: str
+    engine: str = "ray"
+    workers: int = 0
+    models: tuple[str, ...] = ()
+    device: str = "cpu"
+    limit: int = 0
+    parents: tuple[str, ...] = ()
+    catalog: str | None = None
+    quiet: bool = False
+    command: str = ""
+    report: bool = True
+
+
+@dataclass
+class Measured:
+    """Where everything measured lies: for each shard its rows, and for each stage the path of its unit."""
+
+    shards: list[JudgedShard] = field(default_factory=list)
+
+
+class FingerprintWorker:
+    """Digests input shards where the data is near."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        shard = InputShard.from_json(task)
+        digest = shard_digest(shard)
+        # A shard of which only the first rows are read is other input than the whole.
+        return {"key": fingerprint_key(shard), "digest": digest_of(digest, shard.limit) * 2 if shard.limit else digest}
+
+
+def fingerprint_key(shard: InputShard) -> str:
+    """What a shard's digest is remembered under: any change of place, size or time means reading it again."""
+    return digest_of(asdict(shard))
+
+
+def curate(recipe: Recipe, options: Options) -> Snapshot:
+    """Run a recipe and return its snapshot. Raises RecipeError, FileNotFoundError, LeaseHeldError."""
+    started = _now()
+    store = Folder(options.output)
+    with lease(store, options.command or "sluice curate"), open_engine(options.engine, options.workers) as engine:
+        plan = plan_run(recipe, options, store, engine)
+        measured = measure(plan, store, engine, options)
+        return _finish(plan, measured, store, engine, options, started, kind="curate")
+
+
+def plan_run(recipe: Recipe, options: Options, store: Folder, engine: Engine) -> Plan:
+    """Discover and fingerprint the input, and resolve the recipe against it."""
+    shards = discover(recipe.input)
+    if options.limit:
+        shards = limited(shards, options.limit)
+    digests = fingerprint(shards, store, engine, options)
+    return make_plan(recipe, shards, digests, context_of(recipe, options))
+
+
+def context_of(recipe: Recipe, options: Options) -> Context:
+    folders = [absolute(folder) for folder in (*options.models, *recipe.models)]
+    return Context(models=(*folders, str(Path.cwd()), SHIPPED_MODELS), device=options.device)
+
+
+def limited(shards: Sequence[InputShard], limit: int) -> list[InputShard]:
+    """The first rows of up to eight shards spread over the input, `limit` rows at most in all."""
+    count = min(8, len(shards), limit)
+    spread = [shards[place * len(shards) // count] for place in range(count)]
+    return [replace(shard, limit=limit // count + (place < limit % count)) for place, shard in enumerate(spread)]
+
+
+def fingerprint(shards: Sequence[InputShard], store: Folder, engine: Engine, options: Options) -> list[str]:
+    """Content digests of the shards, remembered by place, size and time of change."""
+    known: dict[str, str] = store.read_json(FINGERPRINTS) if store.exists(FINGERPRINTS) else {}
+    keys = [fingerprint_key(shard) for shard in shards]
+    fresh = [shard for shard, key in zip(shards, keys, strict=True) if key not in known]
+    if fresh:
+        near = _near(engine, shards)
+        with Progress("fingerprint input", len(fresh), quiet=options.quiet) as progress:
+            for result in near.map(FingerprintWorker, {}, [shard.to_json() for shard in fresh]):
+                known[result["key"]] = result["digest"]
+                progress.advance()
+        store.write_json(FINGERPRINTS, known)
+    digests = [known[key] for key in keys]
+    seen: dict[str, str] = {}
+    for shard, digest in zip(shards, digests, strict=True):
+        if digest in seen:
+            raise RecipeError(
+                f"input shards {seen[digest]} and {shard.name} hold the same bytes; leave one of them out"
+            )
+        seen[digest] = shard.name
+    return digests
+
+
+def _near(engine: Engine, shards: Sequence[InputShard]) -> Engine:
+    """`engine`, or this process where the input is so small that starting a worker costs more than the work."""
+    return LocalEngine() if sum(shard.size_bytes for shard in shards) < SMALL_INPUT_BYTES else engine
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(plan: Plan, store: Folder, engine: Engine, options: Options) -> Measured:
+    """Run every pass of the plan; units that are finished already are not touched."""
+    units: list[dict[str, str]] = [{} for _ in plan.shards]
+    gates: dict[int, list[tuple[str, str]]] = {0: [("", "")] * len(plan.shards)}
+    for part in plan.passes:
+        if part.rules_before not in gates:
+            gates[part.rules_before] = _judge_gate(plan, units, part.rules_before, store, engine)
+        gate = gates[part.rules_before]
+        for place, digest in enumerate(plan.digests):
+            for job in part.jobs:
+                units[place][job.name] = plan.unit_path(job.name, digest, gate[place][1])
+        _run_pass(plan, part, units, gate, store, engine, options)
+    return Measured(
+        [JudgedShard(digest, plan.rows_path(digest), mine) for digest, mine in zip(plan.digests, units, strict=True)]
+    )
+
+
+def _judge_gate(
+    plan: Plan, units: Sequence[Mapping[str, str]], rules_before: int, store: Folder, engine: Engine
+) -> list[tuple[str, str]]:
+    """(path, digest) of each shard's gate: which rows have passed the first `rules_before` rules."""
+    names = list(plan.recipe.rules)[:rules_before]
+    rules = {name: plan.recipe.rules[name] for name in names}
+    measured = [name for name in plan.recipe.stages if units and name in units[0]]
+    shards = [
+        JudgedShard(digest, plan.rows_path(digest), dict(mine))
+        for digest, mine in zip(plan.digests, units, strict=True)
+    ]
+    key = digest_of(
+        "gate",
+        [[name, rule.type, rule.version, rule.options()] for name, rule in rules.items()],
+        [[shard.digest, sorted(shard.units.items())] for shard in shards],
+    )
+    done, paths = f"units/gates/{key}.json", [f"units/gates/{key}-{place:06d}.parquet" for place in range(len(shards))]
+    if not store.exists(done):
+        gating = Gating(dict(plan.rules_before))
+        digests = _near(engine, plan.shards).call(judge_gate, store.url, shards, rules, measured, gating, paths)
+        store.write_json(done, digests)
+    return list(zip(paths, store.read_json(done), strict=True))
+
+
+def _run_pass(
+    plan: Plan,
+    part: Pass,
+    units: Sequence[Mapping[str, str]],
+    gate: Sequence[tuple[str, str]],
+    store: Folder,
+    engine: Engine,
+    options: Options,
+) -> None:
+    tasks = []
+    for place, (shard, digest) in enumerate(zip(plan.shards, plan.digests, strict=True)):
+        todo = [job.name for job in part.jobs if not store.exists(units[place][job.name])]
+        if todo:
+            tasks.append(
+                {
+                    "shard": shard.to_json(),
+                    "digest": digest,
+                    "rows": plan.rows_path(digest),
+                    "units": dict(units[place]),
+                    "todo": todo,
+                    "gate": gate[place][0],
+                }
+            )
+    title = ", ".join(job.name for job in part.jobs)
+    finished = len(plan.shards) - len(tasks)
+    if finished and not options.quiet:
+        say(f"  {title}: {finished:,} of {len(plan.shards):,} shards are finished already")
+    if not tasks:
+        return
+    config = {
+        "store": store.url,
+        "models": list(plan.context.models),
+        "device": plan.context.device,
+        "transport_batch": plan.recipe.engine.transport_batch,
+        "jobs": [job.to_json() for job in part.jobs],
+    }
+    gpus = max(job.stage.resources.gpus for job in part.jobs) if plan.context.device != "cpu" else 0.0
+    with Progress(title, len(tasks), quiet=options.quiet) as progress:
+        for result in engine.map(MeasureWorker, config, tasks, gpus=gpus):
+            progress.advance(rows=result["rows"])
+
+
+# --- judging and packing ---------------------------------------------------------------------------------------------
+
+
+def _finish(
+    plan: Plan, measured: Measured, store: Folder, engine: Engine, options: Options, started: str, kind: str
+) -> Snapshot:
+    judged = _judge(plan, measured, store, engine, options)
+    packed = _pack(plan, measured, judged, store, engine, options)
+    manifest = {
+        "parents": [open_snapshot(parent).id for parent in options.parents],
+        "recipe": plan.recipe.resolved(),
+        "seeds": {"held_out": plan.recipe.held_out.seed},
+        "models": plan.models,
+        "numerics": plan.numerics,
+        "cuts": judged["cuts"],
+        "held_out": judged["held_out"],
+        "columns": ledger_columns(list(plan.recipe.stages.items()), {n: m["digest"] for n, m in plan.models.items()}),
+        "inputs": [
+            {"digest": digest, "rows": rows, "kept": kept}
+            for digest, rows, kept in zip(plan.digests, judged["rows"], judged["kept"], strict=True)
+        ],
+        "funnel": judged["funnel"],
+        "code_version": _code_version(),
+    }
+    provenance = {
+        "started": started,
+        "finished": _now(),
+        "host": socket.gethostname(),
+        "command": options.command,
+        "engine": {"name": engine.name, "workers": engine.workers},
+        "models": list(plan.context.models),
+        "parents": [open_snapshot(parent).folder.url for parent in options.parents],
+        "inputs": [
+            {"digest": digest, "name": shard.name, "address": shard.address, "shard": shard.to_json()}
+            for digest, shard in zip(plan.digests, plan.shards, strict=True)
+        ],
+        "units": [dict(shard.units) for shard in measured.shards],
+    }
+    snapshot = write_snapshot(store, manifest, provenance, packed)
+    if options.report:
+        write_report(snapshot)
+    _record(snapshot, plan, options, kind)
+    return snapshot
+
+
+def _judge(plan: Plan, measured: Measured, store: Folder, engine: Engine, options: Options) -> dict[str, Any]:
+    """Final verdicts as a unit of work of their own; raises RecipeError where rows were never measured."""
+    parents = [open_snapshot(parent) for parent in options.parents]
+    key = digest_of(
+        "judge",
+        [[name, rule.type, rule.version, rule.options()] for name, rule in plan.recipe.rules.items()],
+        [[shard.digest, list(shard.units.items())] for shard in measured.shards],
+        asdict(plan.recipe.held_out),
+        sorted(parent.id for parent in parents),
+    )
+    done = f"units/verdicts/{key}.json"
+    paths = [f"units/verdicts/{key}-{place:06d}.parquet" for place in range(len(measured.shards))]
+    if not store.exists(done):
+        with Progress("judge", len(plan.recipe.rules), unit="rules", quiet=options.quiet) as progress:
+            result = _near(engine, plan.shards).call(
+                judge_all,
+                store.url,
+                measured.shards,
+                dict(plan.recipe.rules),
+                list(plan.recipe.stages),
+                Gating(dict(plan.rules_before)),
+                plan.recipe.held_out,
+                [parent.folder.url for parent in parents],
+                paths,
+            )
+            if "missing" in result:
+                raise NeedsMeasuringError(plan, result["missing"])
+            progress.advance(len(plan.recipe.rules))
+        store.write_json(done, result)
+    return {**store.read_json(done), "paths": paths}
+
+
+class NeedsMeasuringError(RecipeError):
+    """A selection that would keep rows no costly stage has looked at."""
+
+    def __init__(self, plan: Plan, missing: Mapping[str, int]) -> None:
+        listed = ", ".join(
+            f"{rows:,} rows by {name} (about {rows * plan.recipe.stages[name].cpu_ms_per_row / 1000:.0f} s of one core)"
+            for name, rows in missing.items()
+        )
+        super().__init__(
+            f"these rules revive rows that were never measured: {listed}; "
+            "choose rules that leave them out, or add --measure-missing"
+        )
+
+
+def _pack(
+    plan: Plan, measured: Measured, judged: Mapping[str, Any], store: Folder, engine: Engine, options: Options
+) -> list[dict[str, Any]]:
+    run = plan.recipe.pack.input_shards
+    clip = next((name for name, stage in plan.recipe.stages.items() if stage.type == "clip_score"), None)
+    config = {
+        "store": store.url,
+        "columns": ledger_columns(list(plan.recipe.stages.items()), {n: m["digest"] for n, m in plan.models.items()}),
+        "clip": clip,
+    }
+    tasks, records = [], []
+    for group, first in enumerate(range(0, len(plan.shards), run)):
+        places = range(first, min(first + run, len(plan.shards)))
+        described = [
+            {
+                "shard": plan.shards[place].to_json(),
+                "digest": plan.digests[place],
+                "rows": measured.shards[place].rows,
+                "units": dict(measured.shards[place].units),
+                "verdicts": judged["paths"][place],
+                "count": judged["rows"][place],
+            }
+            for place in places
+        ]
+        identity = [
+            [item["digest"], list(item["units"].items()), judged["digests"][place]]
+            for item, place in zip(described, places, strict=True)
+        ]
+        key = digest_of("pack", PACKING_VERSION, group, config["columns"], clip, identity)
+        records.append(f"units/packed/{key}.json")
+        tasks.append({"group": group, "shards": described})
+    todo = [(task, record) for task, record in zip(tasks, records, strict=True) if not store.exists(record)]
+    by_group = {task["group"]: record for task, record in todo}
+    if todo:
+        with Progress("pack", len(todo), quiet=options.quiet) as progress:
+            for result in engine.map(PackWorker, config, [task for task, _ in todo]):
+                store.write_json(by_group[result["group"]], result)
+                rows = sum(file["rows"] for path, file in result["files"].items() if path.startswith("ledger/"))
+                progress.advance(rows=rows)
+    return [store.read_json(record) for record in records]
+
+
+# --- selecting again -------------------------------------------------------------------------------------------------
+
+
+def select(source: Snapshot, recipe: Recipe, options: Options, measure_missing: bool = False) -> Snapshot:
+    """Judge the rows of `source` again by `recipe`'s rules, from what is measured; no model is opened.
+
+    Raises NeedsMeasuringError where rows would be kept that a gate once left unmeasured (unless `measure_missing`).
+    """
+    started = _now()
+    provenance = source.provenance()
+    shards = [InputShard.from_json(item["shard"]) for item in provenance["inputs"]]
+    digests = [item["digest"] for item in source.manifest["inputs"]]
+    store = source.store
+    options = replace(options, output=store.url, models=(*options.models, *provenance["models"]))
+    with lease(store, options.command or "sluice select"), open_engine(options.engine, options.workers) as engine:
+        known = None if measure_missing else (source.manifest["models"], source.manifest["numerics"])
+        plan = make_plan(recipe, shards, digests, context_of(recipe, options), known)
+        if measure_missing:
+            measured = measure(plan, store, engine, options)
+        else:
+            _check_units(store, provenance["units"])
+            measured = Measured(
+                [
+                    JudgedShard(digest, plan.rows_path(digest), units)
+                    for digest, units in zip(digests, provenance["units"], strict=True)
+                ]
+            )
+        return _finish(plan, measured, store, engine, options, started, kind="select")
+
+
+def _check_units(store: Folder, units: Sequence[Mapping[str, str]]) -> None:
+    missing = count_missing(store, [path for mine in units for path in mine.values()])
+    if missing:
+        raise RecipeError(f"{store.url} has lost {missing} of its measured units; run sluice curate again")
+
+
+# --- beside the data -------------------------------------------------------------------------------------------------
+
+
+def write_report(snapshot: Snapshot) -> None:
+    """report.html beside the manifest (made once: it is a view of files that never change)."""
+    if snapshot.folder.exists("report.html"):
+        return
+    from pipelines.report.pages import snapshot_page
+
+    snapshot.folder.write("report.html", snapshot_page(snapshot.folder.url))
+
+
+def _record(snapshot: Snapshot, plan: Plan, options: Options, kind: str) -> None:
+    """Tell the catalog: raw shards, weights and parents in, the snapshot out. The same snapshot is one run."""
+    from pipelines.lineage.record import Artifact, record_run
+
+    name = Path(options.output).name or "curation"
+    run_id = digest_of("run", kind, snapshot.id, snapshot.folder.url)
+    funnel = snapshot.manifest["funnel"]
+    with record_run(
+        options.catalog,
+        kind=kind,
+        name=name,
+        config=plan.recipe.resolved(),
+        seeds=snapshot.manifest["seeds"],
+        run_id=run_id,
+    ) as run:
+        run.consume_many(
+            Artifact("raw_shard", digest, shard.address, shard.name, {"rows": rows})
+            for digest, shard, rows in zip(
+                plan.digests, plan.shards, [item["rows"] for item in snapshot.manifest["inputs"]], strict=True
+            )
+        )
+        run.consume_many(
+            Artifact("weights", model["digest"], "", stage, {"files": model["files"]})
+            for stage, model in plan.models.items()
+        )
+        for parent in options.parents:
+            known = open_snapshot(parent)
+            run.consume(Artifact("snapshot", known.id, known.folder.url, name))
+        facts = {
+            "rows_in": funnel["rows_in"],
+            "kept": funnel["kept"],
+            "held_out": snapshot.manifest["held_out"]["rows"],
+        }
+        run.produce(Artifact("snapshot", snapshot.id, snapshot.folder.url, name, facts))
+
+
+def describe_plan(plan: Plan, store: Folder) -> str:
+    """The plan for people: passes, finished units, rows and a cost estimate."""
+    known_rows = [
+        read_columns(store, plan.rows_path(digest), ["index"]).num_rows
+        for digest in plan.digests
+        if store.exists(plan.rows_path(digest))
+    ]
+    size = sum(shard.size_bytes for shard in plan.shards)
+    rows = round(sum(known_rows) / len(known_rows) * len(plan.shards)) if known_rows else None
+    lines = [
+        f"input     {len(plan.shards):,} shards, {size / 1e6:,.1f} MB"
+        + (f", about {rows:,} rows" if rows is not None else ", rows unknown until read"),
+        f"output    {store.url}",
+    ]
+    for part in plan.passes:
+        after = list(plan.recipe.rules)[: part.rules_before]
+        where = f" on rows that pass {', '.join(after)}" if after else ""
+        lines.append(f"pass      {'model' if part.is_model else 'cheap'} stages{where}")
+        for job in part.jobs:
+            if part.rules_before:
+                state = "units are known once the rules before it are judged"
+            else:
+                missing = count_missing(store, [plan.unit_path(job.name, digest) for digest in plan.digests])
+                state = f"{len(plan.digests) - missing:,} units finished, {missing:,} to do"
+                if rows and missing:
+                    seconds = rows * missing / len(plan.digests) * job.stage.cpu_ms_per_row / 1000
+                    state += f", estimate {seconds:,.0f} CPU seconds"
+            adds = ", ".join(f"{job.name}.{column.name}" for column in job.columns)
+            lines.append(f"  {job.name:12s} {adds}: {state}")
+    lines.append("judge     " + (" > ".join(plan.recipe.rules) or "no rules: every row that opens is kept"))
+    for name, model in plan.models.items():
+        lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")
+    groups = -(-len(plan.shards) // plan.recipe.pack.input_shards)
+    lines.append(f"pack      {groups:,} output shards at most, {plan.recipe.pack.input_shards} input shards each")
+    return "\n".join(lines)
+
+
+def _code_version() -> str:
+    from pipelines.lineage.record import code_version
+
+    return code_version()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    return " ".join(["sluice", *sys.argv[1:]])

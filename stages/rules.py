@@ -1,0 +1,186 @@
+"""Rules: cheap predicates over measured columns. They judge and never measure, so changing one costs no model a second.
+
+    rules:
+      short_side: {column: decode.short_side, at_least: 64}
+      caption:    {column: text.flaw, is_null: true}
+      aesthetic:  {type: top_fraction, column: aesthetic.score, fraction: 0.7}
+
+A `Threshold` looks at one row. `TopFraction` here and the duplicate rules of `stages.dedupe` are barriers: they see the
+small columns of every row still alive at their step, whatever the order or the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+# Columns every barrier is given besides those it needs: an occurrence is the last tie-break everywhere.
+OCCURRENCE = ("uid", "shard", "index")
+
+Table = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Verdicts:
+    """What a rule found over N rows (arrays of length N).
+
+    rejected: bool. value: float64, NaN where the column holds no number. threshold: float64 or NaN. reasons: why, for
+    rejected rows. failures: row -> reason, for rows whose value cannot be judged (NaN). keeper: index of the row kept
+    instead, -1 for none, and its distance. cut: what the rule resolved to, for the manifest.
+    """
+
+    rejected: np.ndarray
+    value: np.ndarray
+    threshold: float = float("nan")
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    failures: Mapping[int, str] = field(default_factory=dict)
+    keeper: np.ndarray | None = None
+    distance: np.ndarray | None = None
+    cut: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Base of every rule. Fields are its options in a recipe."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+    type: ClassVar[str]
+    version: ClassVar[int] = 1
+    barrier: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def judge(self, table: Table) -> Verdicts:
+        """Judge the rows of `table`: all rows for a row rule, the rows alive at this step for a barrier."""
+        raise NotImplementedError
+
+    def threshold_text(self) -> str:
+        """What is asked, in a few words, for funnels and reports."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Rule):
+    """Keeps rows whose column is at_least and/or at_most a number, equals a value, is one_of some, or is (not) null."""
+
+    type: ClassVar[str] = "threshold"
+    column: str
+    at_least: float | None = None
+    at_most: float | None = None
+    equals: bool | int | str | None = None
+    one_of: tuple[str, ...] | None = None
+    is_null: bool | None = None
+
+    def __post_init__(self) -> None:
+        if all(value is None for value in (self.at_least, self.at_most, self.equals, self.one_of, self.is_null)):
+            raise ValueError(
+                f"a rule on {self.column!r} asks nothing: give at_least, at_most, equals, one_of or is_null"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def threshold_text(self) -> str:
+        asked = {
+            name: f"{value:g}" if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+            if name != "column" and value is not None
+        }
+        return ", ".join(f"{name} {value}" for name, value in asked.items())
+
+    def judge(self, table: Table) -> Verdicts:
+        column = table[self.column]
+        if column.dtype == object or column.dtype.kind in "bUS":
+            return self._judge_objects(column)
+        value = column.astype(np.float64)
+        below = value < self.at_least if self.at_least is not None else np.zeros(len(value), bool)
+        above = value > self.at_most if self.at_most is not None else np.zeros(len(value), bool)
+        unequal = value != self.equals if self.equals is not None else np.zeros(len(value), bool)
+        unknown = np.isnan(value)
+        rejected = (below | above | unequal) & ~unknown
+        reasons = {}
+        for row in np.flatnonzero(rejected):
+            asked = (
+                f"below {self.at_least:g}"
+                if below[row]
+                else f"above {self.at_most:g}"
+                if above[row]
+                else f"not {self.equals}"
+            )
+            reasons[int(row)] = f"{self.column} {value[row]:.6g} is {asked}"
+        failures = {int(row): f"{self.column} is not a number" for row in np.flatnonzero(unknown)}
+        bound = self.at_least if self.at_least is not None else self.at_most
+        return Verdicts(rejected, value, float("nan") if bound is None else float(bound), reasons, failures)
+
+    def _judge_objects(self, column: np.ndarray) -> Verdicts:
+        reasons: dict[int, str] = {}
+        for row, value in enumerate(column.tolist()):
+            if self.is_null is True and value is not None:
+                reasons[row] = f"{self.column}: {value}"
+            elif self.is_null is False and value is None:
+                reasons[row] = f"{self.column} is missing"
+            elif self.equals is not None and value != self.equals:
+                reasons[row] = f"{self.column} {value!r} is not {self.equals!r}"
+            elif self.one_of is not None and value not in self.one_of:
+                reasons[row] = f"{self.column} {value!r} is none of {', '.join(self.one_of)}"
+        rejected = np.zeros(len(column), bool)
+        rejected[list(reasons)] = True
+        return Verdicts(rejected, np.full(len(column), np.nan), reasons=reasons)
+
+
+def occurrence_order(table: Table, *leading: np.ndarray) -> np.ndarray:
+    """Row indices sorted by `leading` keys (first is most important), then by occurrence (uid, shard, index)."""
+    keys: Sequence[np.ndarray] = (*leading, table["uid"].astype("U"), table["shard"].astype("U"), table["index"])
+    return np.lexsort(tuple(reversed(keys)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopFraction(Rule):
+    """Keeps the k = floor(fraction * n) rows with the highest value, of the n alive rows with a finite one.
+
+    Ties go by occurrence. A value that is not finite makes the row failed. The cut that came out joins the manifest.
+    """
+
+    type: ClassVar[str] = "top_fraction"
+    barrier: ClassVar[bool] = True
+    column: str
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction {self.fraction} of a top_fraction rule is not in (0, 1]")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def threshold_text(self) -> str:
+        return f"top {self.fraction:.4g} of those alive"
+
+    def judge(self, table: Table) -> Verdicts:
+        value = table[self.column].astype(np.float64)
+        finite = np.isfinite(value)
+        count = int(finite.sum())
+        # A decimal fraction times n can land a hair under the whole number that is meant (0.7 * 10 = 6.999...).
+        kept_count = int(np.floor(self.fraction * count + 1e-9))
+        order = occurrence_order(table, np.where(finite, -value, np.inf))
+        kept = order[:kept_count]
+        rejected = finite.copy()
+        rejected[kept] = False
+        cut = float(value[kept[-1]]) if kept_count else float("nan")
+        reasons = {
+            int(row): f"{self.column} {value[row]:.6g} is not in the top {self.fraction:.4g} (cut {cut:.6g})"
+            for row in np.flatnonzero(rejected)
+        }
+        failures = {int(row): f"{self.column} is not finite" for row in np.flatnonzero(~finite)}
+        resolved = {"fraction": self.fraction, "cut": None if kept_count == 0 else cut, "kept": kept_count, "of": count}
+        return Verdicts(rejected, value, cut, reasons, failures, cut=resolved)

@@ -1,0 +1,40 @@
+"""A model stage small enough to follow: its numbers depend on the batch they are computed in, as real models' do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from stages.contract import Batch, Column, Columns, Context, Measure, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Stage):
+    """score: mean brightness plus a hundredth for each other row in the batch; every batch is noted in SLUICE_PROBE_LOG."""
+
+    type: ClassVar[str] = "probe"
+    adds: ClassVar[tuple[Column, ...]] = (Column("score", "float32"), Column("batch", "int32"))
+    compute_batch: int = field(default=16, kw_only=True)
+    fail_on: str = ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("image", "caption")
+
+    def open(self, context: Context) -> Measure:
+        def measure(batch: Batch) -> Columns:
+            if log := os.environ.get("SLUICE_PROBE_LOG"):
+                with Path(log).open("a") as stream:
+                    stream.write(f"{len(batch)}\n")
+            scores, errors = [], []
+            for row in range(len(batch)):
+                image = batch.image(row)
+                broken = self.fail_on and self.fail_on in (batch["caption"][row] or "")
+                errors.append("asked to fail" if broken else None)
+                mean = sum(image.convert("L").tobytes()) / (image.width * image.height) if image else 0.0
+                scores.append(None if broken else mean + len(batch) / 100)
+            return Columns({"score": scores, "batch": [len(batch)] * len(batch)}, errors)
+
+        return measure

@@ -1,0 +1,41 @@
+"""Near-duplicates the slow and plain way: every pair looked at, keepers taken one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def hamming(left: int, right: int) -> int:
+    return (int(left) ^ int(right)).bit_count()
+
+
+def pairs_within(hashes: np.ndarray, radius: int) -> list[tuple[int, int, int]]:
+    return [
+        (i, j, hamming(hashes[i], hashes[j]))
+        for i in range(len(hashes))
+        for j in range(i + 1, len(hashes))
+        if hamming(hashes[i], hashes[j]) <= radius
+    ]
+
+
+def dropped(rows: list[dict], radius: int, same_look) -> dict[int, tuple[int, int]]:
+    """row -> (keeper, distance) for rows as dicts with pixels, size_bytes, uid, shard, index, hash, look."""
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (-rows[i]["pixels"], -rows[i]["size_bytes"], rows[i]["uid"], rows[i]["shard"], rows[i]["index"]),
+    )
+    kept: list[int] = []
+    result: dict[int, tuple[int, int]] = {}
+    for row in order:
+        near = [
+            (hamming(rows[row]["hash"], rows[keeper]["hash"]), place, keeper)
+            for place, keeper in enumerate(kept)
+            if hamming(rows[row]["hash"], rows[keeper]["hash"]) <= radius
+            and same_look(rows[keeper]["look"], rows[row]["look"])
+        ]
+        if near:
+            distance, _, keeper = min(near)
+            result[row] = (keeper, distance)
+        else:
+            kept.append(row)
+    return result
