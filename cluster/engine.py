@@ -4,20 +4,23 @@
         for result in engine.map(Worker, config, tasks):
             ...
 
-`map` gives every task (a JSON object that describes whole input shards) to a worker that was built once from `config` and
-yields the results as they come, in any order. Only descriptions and summaries travel: workers read encoded bytes from storage
-and commit what they find there themselves, so nothing that grows with the data passes through the driver or the object
-store, and a task that is run twice (a worker died) leaves what one run leaves. `call` runs one function away from the driver.
+`map` gives every task (a JSON object that describes whole input shards) to a worker that was built once from `config`
+and yields the results as they come, in any order. Only descriptions and summaries travel: workers read encoded bytes
+from storage and commit what they find there themselves, so nothing that grows with the data passes through the driver
+or the object store, and a task that is run twice (a worker died) leaves what one run leaves. `call` runs one function
+away from the driver.
 
-Ray puts the driver's working directory first on its workers' path, where a user's own `stages/` or `training.py` may lie; an
-empty working directory in the runtime environment keeps them out. Addresses must therefore be absolute.
+Ray puts the driver's working directory first on its workers' path, where a user's own `stages/` or `training.py` may
+lie; an empty working directory in the runtime environment keeps them out. Addresses must therefore be absolute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -107,7 +110,7 @@ class _RayWorker:
 
 @contextlib.contextmanager
 def open_engine(kind: str, workers: int = 0) -> Iterator[Engine]:
-    """A "local" or "ray" engine. Ray joins the cluster of RAY_ADDRESS where that is set, else starts one for this run."""
+    """A "local" or "ray" engine. Ray joins the cluster of RAY_ADDRESS if that is set, else starts one for this run."""
     if kind == "local":
         yield LocalEngine()
         return
@@ -128,14 +131,17 @@ def ray_session(cpus: int = 0) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if not address and not any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        # Ray would keep a token in the home folder, and die without a word where that changes or cannot be written.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="sluice-empty-") as empty:
-        own = {} if address else {"num_cpus": cpus or os.cpu_count(), "include_dashboard": False}
+        own: dict[str, Any] = {} if address else {"num_cpus": cpus or os.cpu_count(), "include_dashboard": False}
         # "local" keeps a second run on this machine from joining the first one's session by accident.
         ray.init(
             address=address or "local",
             runtime_env={"working_dir": empty, "env_vars": {"OMP_NUM_THREADS": str(_threads_each(cpus))}},
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             configure_logging=True,
             **own,
         )
@@ -167,8 +173,6 @@ def _quiet_ray() -> None:
 
 def quiet_ray_data() -> None:
     """No progress bars and no chatter of Ray Data's own: the runner reports rows and rates itself."""
-    import logging
-
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -1,8 +1,8 @@
 """One way to reach files wherever they lie: any filesystem that pyarrow can open, addressed by a URL or a local path.
 
 A `Folder` reads, lists and writes below one address. Writes are whole and atomic: on a local disk a file is written
-aside, flushed to the disk and renamed; on an object store one PUT makes it appear. So a file that exists is complete, and
-a unit of work is finished exactly when its last file exists.
+aside, flushed to the disk and renamed; on an object store one PUT makes it appear. So a file that exists is complete,
+and a unit of work is finished exactly when its last file exists.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _boot_id() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, so that a reused process id is not taken for its former owner."""
+    """Start time of a process in clock ticks since boot: a reused process id is not its former owner."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):

@@ -1,7 +1,8 @@
-"""The `sluice` command. Importing this costs little: torch, ray and the rest are imported by the command that needs them.
+"""The `sluice` command. Importing this costs little: torch, ray and the rest are imported by the command that needs
+them.
 
-Commands of the other rooms register themselves: those of pipelines below, those of training (and of other packages) by the
-entry point group "sluice.commands", so that no import arrow turns round.
+Commands of the other rooms register themselves: those of pipelines below, those of training (and of other packages)
+by the entry point group "sluice.commands", so that no import arrow turns round.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 
 app = typer.Typer(
     name="sluice",
-    help="Curate image-text data, train linear diffusion transformers on it, distil few-step students, trace every image.",
+    help="Curate image-text data, train linear diffusion transformers on it, distil few-step students, trace images.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -1,11 +1,12 @@
 """Judging: the recipe's rules, in order, over measured columns; every row gets one verdict and its whole story.
 
-Rows that could not be read or measured are failed. Then each rule sees the rows still alive at its step: a row rule looks
-at rows one by one (the ledger keeps the first that failed and the list of all), a barrier at the small columns of all rows
-alive. Nothing here reads an image or runs a model, so judging again with other thresholds takes seconds.
+Rows that could not be read or measured are failed. Then each rule sees the rows still alive at its step: a row rule
+looks at rows one by one (the ledger keeps the first that failed and the list of all), a barrier at the small columns
+of all rows alive. Nothing here reads an image or runs a model, so judging again with other thresholds takes seconds.
 
-A stage that comes `after` some rules is measured only on rows that passed them. The same function, stopped after those rules,
-says which; the errors of such a stage count from that step on and not before, so both runs see the same rows at each step.
+A stage that comes `after` some rules is measured only on rows that passed them. The same function, stopped after
+those rules, says which; the errors of such a stage count from that step on and not before, so both runs see the same
+rows at each step.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def evaluate(
     errors: Mapping[str, list[str | None]],
     gating: Gating,
 ) -> Judgement:
-    """Apply `rules` in order. columns: every column the rules need, of all rows. errors: of each stage, in recipe order.
+    """Apply `rules` in order.
+
+    columns: every column the rules need, of all rows. errors: of each stage, in recipe order.
 
     Raises NotMeasuredError where a rule needs a column of an alive row that a gate kept from being measured.
     """
@@ -161,7 +164,7 @@ def _is_gate(error: str | None) -> bool:
 
 
 def _fail(judged: Judgement, alive: np.ndarray, stage: str, errors: list[str | None], gated: np.ndarray) -> None:
-    for row in np.flatnonzero(alive):
+    for row in np.flatnonzero(alive).tolist():
         if errors[row] is not None and not gated[row]:
             judged.verdict[row], judged.stage[row], judged.reason[row] = "failed", stage, errors[row]
             alive[row] = False
@@ -199,11 +202,11 @@ def _apply(
     answer = rule.judge(table)
     if answer.cut is not None:
         judged.cuts[name] = answer.cut
-    for local in np.flatnonzero(answer.rejected):
+    for local in np.flatnonzero(answer.rejected).tolist():
         row = int(seen[local])
         judged.failed_rules[row].append(name)
         if alive[row]:
-            _reject(judged, row, int(local), name, rule, answer, seen)
+            _reject(judged, row, local, name, rule, answer, seen)
             alive[row] = False
     for local, reason in answer.failures.items():
         row = int(seen[local])
@@ -247,32 +250,32 @@ def split_of_groups(
 ) -> tuple[list[str | None], dict[str, Any]]:
     """The side, "train" or "held_out", of every row in a duplicate group whose keeper is kept; None for other rows.
 
-    A group is a kept row and every row dropped for it, directly or through its keeper's keeper. A side is inherited from
-    parent snapshots (image_id -> side), held-out winning where groups merge; else it is drawn by hash of the keeper's
-    image, so that it depends on nothing but the image and the seed.
+    A group is a kept row and every row dropped for it, directly or through its keeper's keeper. A side is inherited
+    from parent snapshots (image_id -> side), held-out winning where groups merge; else it is drawn by hash of the
+    keeper's image, so that it depends on nothing but the image and the seed.
     """
     root = np.arange(len(keeper))
-    for row in np.flatnonzero(keeper >= 0):
+    for row in np.flatnonzero(keeper >= 0).tolist():
         top = row
         while keeper[top] >= 0:
-            top = keeper[top]
+            top = int(keeper[top])
         root[row] = top
     grouped = np.array([verdict[top] == "kept" for top in root], bool)
     sides: dict[int, str] = {}
     from_parents = 0
-    for row in np.flatnonzero(grouped):
+    for row in np.flatnonzero(grouped).tolist():
         side = inherited.get(image_ids[row] or "")
         if side and sides.get(int(root[row])) != "held_out":
             sides[int(root[row])] = side
     from_parents = len(sides)
     split: list[str | None] = [None] * len(keeper)
-    for row in np.flatnonzero(grouped):
+    for row in np.flatnonzero(grouped).tolist():
         top = int(root[row])
         if top not in sides:
             draw = int(hashlib.sha256(f"held-out {held_out.seed} {image_ids[top]}".encode()).hexdigest()[:15], 16)
             sides[top] = "held_out" if draw < held_out.fraction * 16**15 else "train"
         split[row] = sides[top]
-    kept = np.flatnonzero(verdict == "kept")
+    kept = np.flatnonzero(verdict == "kept").tolist()
     summary = {
         "fraction": held_out.fraction,
         "rows": sum(split[row] == "held_out" for row in kept),
@@ -282,7 +285,7 @@ def split_of_groups(
     return split, summary
 
 
-# --- over a store's finished units -------------------------------------------------------------------------------------
+# --- over a store's finished units -----------------------------------------------------------------------------------
 
 
 def _gather_columns(

@@ -1,8 +1,9 @@
 """The worker that measures: one shard in, one Parquet file a stage out, each a finished unit of work.
 
-A task names a shard, where its units lie and which of them are still to be made. The worker streams the shard's samples
-once; every cheap stage of the pass sees the same decoded picture, and pixels are let go after each transport batch. A model
-stage (compute_batch > 0) sees the shard's measured rows in order, in batches of its own size, whatever the transport batch.
+A task names a shard, where its units lie and which of them are still to be made. The worker streams the shard's
+samples once; every cheap stage of the pass sees the same decoded picture, and pixels are let go after each transport
+batch. A model stage (compute_batch > 0) sees the shard's measured rows in order, in batches of its own size, whatever
+the transport batch.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class _Gathered:
 
 
 class MeasureWorker:
-    """Opens the stages of a pass once and measures shards with them. Config and tasks are JSON; see `pipelines.runner`."""
+    """Opens the stages of a pass once and measures shards with them. Config and tasks are JSON."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.store = Folder(config["store"])

@@ -1,8 +1,8 @@
 """Packing: the ledger, captions, features and tar of one run of input shards, deterministic to the byte.
 
-An output shard covers a fixed run of input shards, so one changed verdict rewrites one tar. Kept samples keep their original
-bytes; nothing is re-encoded. Every file is committed under a name that says what went into it, so finished files are found
-again and never made twice.
+An output shard covers a fixed run of input shards, so one changed verdict rewrites one tar. Kept samples keep their
+original bytes; nothing is re-encoded. Every file is committed under a name that says what went into it, so finished
+files are found again and never made twice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def output_key(group: int, position: int) -> str:
 
 
 class PackWorker:
-    """Packs one group of input shards a task. Config: store, columns (from the plan), clip (stage with scores, or null)."""
+    """Packs one group of input shards a task. Config: store, columns, clip (the stage with scores, or null)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.store = Folder(config["store"])

@@ -1,7 +1,7 @@
 """The plan: a recipe resolved against its input and its store before anything runs.
 
-Column flow is checked (a missing column names the stage that would have to come earlier), weights are located and digested,
-shards are fingerprinted, finished units are found by content address. `sluice curate --dry-run` prints it.
+Column flow is checked (a missing column names the stage that would have to come earlier), weights are located and
+digested, shards are fingerprinted, finished units are found by content address. `sluice curate --dry-run` prints it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pass:
 
 @dataclass
 class Plan:
-    """What a run will do. Gated units are known only once their gate has been judged, so their keys are made by the runner."""
+    """What a run will do. Keys of gated units are made by the runner, once their gate has been judged."""
 
     recipe: Recipe
     context: Context
@@ -99,7 +99,7 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
             upstream = need.partition(".")[0]
             if "." in need and rules_before[upstream] > rules_before[name]:
                 raise RecipeError(
-                    f"stages.{name} needs {need!r}, which is measured only after {recipe.stages[upstream].after[-1]!r}; "
+                    f"stages.{name} needs {need!r}, measured only after {recipe.stages[upstream].after[-1]!r}; "
                     f"write after: {list(recipe.stages[upstream].after)} under stages.{name} too"
                 )
         added.update({f"{name}.{column.name}": name for column in stage.adds})

@@ -10,7 +10,7 @@ PLAIN_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal; results for programs go to standard output, this goes to standard error."""
+    """One line for the person at the terminal, on standard error: standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,11 +1,11 @@
 """Raw data in: WebDataset tars, Parquet with image bytes, and folders of images with captions beside them.
 
-`discover(input)` lists the input as shards, in order; `read(shard)` streams a shard's samples, one for every image and one
-for everything that should have been an image and is not. Nothing is lost in silence: a member that belongs to no image, a
-caption that is not text, a tar whose tail is damaged, each becomes a sample with an error.
+`discover(input)` lists the input as shards, in order; `read(shard)` streams a shard's samples, one for every image
+and one for everything that should have been an image and is not. Nothing is lost in silence: a member that belongs to
+no image, a caption that is not text, a tar whose tail is damaged, each becomes a sample with an error.
 
-Inputs are hostile: members are never unpickled, never written anywhere under their own names, and never larger in memory
-than MAX_MEMBER_BYTES.
+Inputs are hostile: members are never unpickled, never written anywhere under their own names, and never larger in
+memory than MAX_MEMBER_BYTES.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def _samples(members: Iterable[Member]) -> Iterator[Sample]:
 
 
 def _group_samples(group: list[Member]) -> Iterator[Sample]:
-    """A group's pictures, each with the caption of its own stem (else the group's); or one sample that says what is wrong."""
+    """A group's pictures, each with the caption of its own stem, else the group's; and what is wrong with the rest."""
     pictures = [member for member in group if _is_picture(member)]
     others = [member for member in group if not _is_picture(member)]
     for picture in pictures:
@@ -359,7 +359,7 @@ def _tar_members(shard: InputShard) -> Iterator[Member]:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for entry in archive:
-                    archive.members = []  # the archive would otherwise remember every header it has seen
+                    archive.members.clear()  # type: ignore[attr-defined]  # it would remember every header it has seen
                     if entry.isdir():
                         continue
                     yield _tar_member(archive, entry)

@@ -151,7 +151,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def override_at(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
-    """A copy of `raw` with one `dotted.path=value` set; the value is read as YAML. Raises RecipeError for a wrong path."""
+    """A copy of `raw` with one `dotted.path=value` set; the value is read as YAML. Raises RecipeError."""
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"--set {override!r} is not of the form rules.name.option=value")

@@ -3,19 +3,20 @@
     fingerprint the input -> measure (cheap stages, then costly ones on the rows their gates let through)
       -> judge (rules and barriers over small columns) -> pack (ledger, captions, features, tars) -> manifest
 
-Each arrow ends in committed files named by what went into them. A killed run, started again, finds what is finished and does
-the rest; the bytes are the same. `select` is the same road without measuring.
+Each arrow ends in committed files named by what went into them. A killed run, started again, finds what is finished
+and does the rest; the bytes are the same. `select` is the same road without measuring.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Engine, LocalEngine, open_engine
 from cluster.storage import Folder, absolute, lease
@@ -30,6 +31,9 @@ from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
 from stages.contract import Context, digest_of
 
 SMALL_INPUT_BYTES = 256 << 20
+if TYPE_CHECKING:
+    from pipelines.lineage.record import Run
+
 FINGERPRINTS = "units/fingerprints.json"
 # Weights of the made-up world lie in the package, so that its recipes run anywhere.
 SHIPPED_MODELS = str(Path(__file__).parent / "demo" / "weights")
@@ -83,8 +87,9 @@ def curate(recipe: Recipe, options: Options) -> Snapshot:
     store = Folder(options.output)
     with lease(store, options.command or "sluice curate"), open_engine(options.engine, options.workers) as engine:
         plan = plan_run(recipe, options, store, engine)
-        measured = measure(plan, store, engine, options)
-        return _finish(plan, measured, store, engine, options, started, kind="curate")
+        with _recorded("curate", plan, store, options) as run:
+            measured = measure(plan, store, engine, options)
+            return _finish(plan, measured, store, engine, options, started, run)
 
 
 def plan_run(recipe: Recipe, options: Options, store: Folder, engine: Engine) -> Plan:
@@ -226,7 +231,7 @@ def _run_pass(
 
 
 def _finish(
-    plan: Plan, measured: Measured, store: Folder, engine: Engine, options: Options, started: str, kind: str
+    plan: Plan, measured: Measured, store: Folder, engine: Engine, options: Options, started: str, run: Run
 ) -> Snapshot:
     judged = _judge(plan, measured, store, engine, options)
     packed = _pack(plan, measured, judged, store, engine, options)
@@ -263,7 +268,7 @@ def _finish(
     snapshot = write_snapshot(store, manifest, provenance, packed)
     if options.report:
         write_report(snapshot)
-    _record(snapshot, plan, options, kind)
+    _produced(run, snapshot, plan, options)
     return snapshot
 
 
@@ -372,17 +377,18 @@ def select(source: Snapshot, recipe: Recipe, options: Options, measure_missing: 
     with lease(store, options.command or "sluice select"), open_engine(options.engine, options.workers) as engine:
         known = None if measure_missing else (source.manifest["models"], source.manifest["numerics"])
         plan = make_plan(recipe, shards, digests, context_of(recipe, options), known)
-        if measure_missing:
-            measured = measure(plan, store, engine, options)
-        else:
-            _check_units(store, provenance["units"])
-            measured = Measured(
-                [
-                    JudgedShard(digest, plan.rows_path(digest), units)
-                    for digest, units in zip(digests, provenance["units"], strict=True)
-                ]
-            )
-        return _finish(plan, measured, store, engine, options, started, kind="select")
+        with _recorded("select", plan, store, options) as run:
+            if measure_missing:
+                measured = measure(plan, store, engine, options)
+            else:
+                _check_units(store, provenance["units"])
+                measured = Measured(
+                    [
+                        JudgedShard(digest, plan.rows_path(digest), units)
+                        for digest, units in zip(digests, provenance["units"], strict=True)
+                    ]
+                )
+            return _finish(plan, measured, store, engine, options, started, run)
 
 
 def _check_units(store: Folder, units: Sequence[Mapping[str, str]]) -> None:
@@ -403,40 +409,47 @@ def write_report(snapshot: Snapshot) -> None:
     snapshot.folder.write("report.html", snapshot_page(snapshot.folder.url))
 
 
-def _record(snapshot: Snapshot, plan: Plan, options: Options, kind: str) -> None:
-    """Tell the catalog: raw shards, weights and parents in, the snapshot out. The same snapshot is one run."""
+@contextlib.contextmanager
+def _recorded(kind: str, plan: Plan, store: Folder, options: Options) -> Iterator[Run]:
+    """Tell the catalog what this run reads: raw shards, weights and parents. The same command again is the same run."""
     from pipelines.lineage.record import Artifact, record_run
 
-    name = Path(options.output).name or "curation"
-    run_id = digest_of("run", kind, snapshot.id, snapshot.folder.url)
-    funnel = snapshot.manifest["funnel"]
+    parents = [open_snapshot(parent) for parent in options.parents]
+    recipe = plan.recipe.resolved()
+    run_id = digest_of("run", kind, store.url, list(recipe.items()), plan.digests, [parent.id for parent in parents])
     with record_run(
         options.catalog,
         kind=kind,
-        name=name,
-        config=plan.recipe.resolved(),
-        seeds=snapshot.manifest["seeds"],
+        name=Path(options.output).name,
+        config=recipe,
+        seeds={"held_out": plan.recipe.held_out.seed},
         run_id=run_id,
     ) as run:
         run.consume_many(
-            Artifact("raw_shard", digest, shard.address, shard.name, {"rows": rows})
-            for digest, shard, rows in zip(
-                plan.digests, plan.shards, [item["rows"] for item in snapshot.manifest["inputs"]], strict=True
-            )
+            Artifact("raw_shard", digest, shard.address, shard.name)
+            for digest, shard in zip(plan.digests, plan.shards, strict=True)
         )
         run.consume_many(
             Artifact("weights", model["digest"], "", stage, {"files": model["files"]})
             for stage, model in plan.models.items()
         )
-        for parent in options.parents:
-            known = open_snapshot(parent)
-            run.consume(Artifact("snapshot", known.id, known.folder.url, name))
-        facts = {
-            "rows_in": funnel["rows_in"],
-            "kept": funnel["kept"],
-            "held_out": snapshot.manifest["held_out"]["rows"],
-        }
-        run.produce(Artifact("snapshot", snapshot.id, snapshot.folder.url, name, facts))
+        run.consume_many(
+            Artifact("snapshot", parent.id, parent.folder.url, Path(parent.store.url).name) for parent in parents
+        )
+        yield run
+
+
+def _produced(run: Run, snapshot: Snapshot, plan: Plan, options: Options) -> None:
+    """Tell the catalog what came out, and how many rows the raw shards turned out to hold."""
+    from pipelines.lineage.record import Artifact
+
+    run.consume_many(
+        Artifact("raw_shard", digest, shard.address, shard.name, {"rows": item["rows"]})
+        for digest, shard, item in zip(plan.digests, plan.shards, snapshot.manifest["inputs"], strict=True)
+    )
+    funnel, held_out = snapshot.manifest["funnel"], snapshot.manifest["held_out"]
+    facts = {"rows_in": funnel["rows_in"], "kept": funnel["kept"], "held_out": held_out["rows"]}
+    run.produce(Artifact("snapshot", snapshot.id, snapshot.folder.url, Path(options.output).name, facts))
 
 
 def describe_plan(plan: Plan, store: Folder) -> str:

@@ -3,8 +3,9 @@
     OUT/snapshots/<id>/manifest.json     the snapshot (written last: a folder without it is not one)
     OUT/latest                           the id of the newest snapshot of this output
 
-The id is a digest of the schema version, the resolved recipe without resources or paths, model digests and per-file digests of
-logical rows. Code version joins the manifest beside it; times, hosts and addresses stand in provenance.json.
+The id is a digest of the schema version, the resolved recipe without resources or paths, model digests and per-file
+digests of logical rows. Code version joins the manifest beside it; times, hosts and addresses stand in
+provenance.json.
 """
 
 from __future__ import annotations

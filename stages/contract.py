@@ -1,8 +1,8 @@
 """What a stage is: a frozen description that opens, on a worker, into a function from a batch to its new columns.
 
-A stage says which columns it needs, which it adds, what a worker of it takes and its version. Opened with a `Context` it
-gives a function `Batch -> Columns`. The function returns new columns alone, one value a row, so a stage can neither lose
-nor reorder rows; a row it cannot measure gets an error with a reason and takes nothing else with it.
+A stage says which columns it needs, which it adds, what a worker of it takes and its version. Opened with a `Context`
+it gives a function `Batch -> Columns`. The function returns new columns alone, one value a row, so a stage can
+neither lose nor reorder rows; a row it cannot measure gets an error with a reason and takes nothing else with it.
 
     @dataclass(frozen=True, kw_only=True)
     class WordCount(Stage):
@@ -82,17 +82,17 @@ class Context:
 
 @dataclass
 class Columns:
-    """A stage's answer for one batch: `values[name][i]` for row i, and `errors[i]` where row i could not be measured."""
+    """A stage's answer for one batch: `values[name][i]` for row i, `errors[i]` where row i could not be measured."""
 
-    values: dict[str, Sequence[Any]]
+    values: Mapping[str, Sequence[Any]]
     errors: Sequence[str | None] | None = None
 
 
 class Batch:
     """Some rows of one shard, in row order: columns by name, and the decoded picture of a row on demand.
 
-    `batch["caption"]` is the column; `batch.image(i)` the decoded picture of row i (decoded at most once a pass, shared by
-    every stage of the pass) or None, in which case `batch.image_error(i)` says why.
+    `batch["caption"]` is the column; `batch.image(i)` the decoded picture of row i (decoded at most once a pass,
+    shared by every stage of the pass) or None, in which case `batch.image_error(i)` says why.
     """
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], images: Sequence[LazyImage] = ()) -> None:
@@ -167,7 +167,7 @@ class Stage:
         return values
 
     def identity(self) -> dict[str, Any]:
-        """The options that belong to the identity of a row's numbers (what decides *which* rows are measured does not)."""
+        """The options that belong to the identity of a row's numbers (not what decides which rows are measured)."""
         return {name: value for name, value in self.options().items() if name != "after"}
 
 

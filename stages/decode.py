@@ -3,8 +3,8 @@
     stages:
       decode: {}          # decode.width, decode.height, decode.short_side, decode.aspect, decode.mode, decode.format
 
-Input is hostile: only the formats below are tried, a picture's size is checked from its header before a pixel is decoded,
-and a file that does not open leaves a reason in its row.
+Input is hostile: only the formats below are tried, a picture's size is checked from its header before a pixel is
+decoded, and a file that does not open leaves a reason in its row.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     stages:
       hash: {type: perceptual_hash}       # hash.phash64, hash.thumbnail
 
-`phash64` is the DCT hash of imagehash.phash (hash_size 8, highfreq_factor 4): grey, 32x32 by Lanczos, DCT-II over both axes,
-the 8x8 lowest frequencies compared with their median; bit 63 is the first coefficient, so that hex(phash64) is str(hash).
-The DCTs of a batch are taken at once. pHash sees only coarse brightness: plain pictures of different colours share one
-hash, which is why duplicates are decided with a second look at `thumbnail`.
+`phash64` is the DCT hash of imagehash.phash (hash_size 8, highfreq_factor 4): grey, 32x32 by Lanczos, DCT-II over
+both axes, the 8x8 lowest frequencies compared with their median; bit 63 is the first coefficient, so that
+hex(phash64) is str(hash). The DCTs of a batch are taken at once. pHash sees only coarse brightness: plain pictures of
+different colours share one hash, which is why duplicates are decided with a second look at `thumbnail`.
 """
 
 from __future__ import annotations

@@ -22,12 +22,14 @@ _FILE_NAME = re.compile(
 _URL = re.compile(r"(https?://|www\.)\S+|^\S+\.(com|org|net)(/\S*)?$", re.IGNORECASE)
 _HTML = re.compile(r"</?[a-z][^<>]*>|&(nbsp|amp|lt|gt|quot|#\d+);", re.IGNORECASE)
 _BOILERPLATE = re.compile(
-    r"^(stock (photo|image|picture|vector|illustration)s?|(royalty[- ]free )?(stock )?(photo|image|picture)s?( of .{0,3})?|"
+    r"^(stock (photo|image|picture|vector|illustration)s?|"
+    r"(royalty[- ]free )?(stock )?(photo|image|picture)s?( of .{0,3})?|"
     r"untitled|no (caption|description|title)( available)?|image may contain.*|click (here )?(to|for) .*|"
     r"(photo|image|picture) (\d+|unavailable|not available|coming soon)|thumbnail( image)?|logo|banner|placeholder|"
     r"(product|gallery|featured|main|default|preview) (image|photo|picture)|no image( available)?)\W*$"
     r"|(^|\W)(royalty[- ]free (stock )?(photo|image|illustration)|all rights reserved|click to (enlarge|zoom|view)|"
-    r"download (this|now|free|wallpaper)|buy (it )?now|add to (cart|basket)|free shipping|lorem ipsum|subscribe to)(\W|$)",
+    r"download (this|now|free|wallpaper)|buy (it )?now|add to (cart|basket)|free shipping|lorem ipsum|"
+    r"subscribe to)(\W|$)",
     re.IGNORECASE,
 )
 

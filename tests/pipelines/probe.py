@@ -12,7 +12,7 @@ from stages.contract import Batch, Column, Columns, Context, Measure, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Stage):
-    """score: mean brightness plus a hundredth for each other row in the batch; every batch is noted in SLUICE_PROBE_LOG."""
+    """score: mean brightness plus a hundredth for each other row in the batch; SLUICE_PROBE_LOG notes every batch."""
 
     type: ClassVar[str] = "probe"
     adds: ClassVar[tuple[Column, ...]] = (Column("score", "float32"), Column("batch", "int32"))

@@ -1,4 +1,4 @@
-"""The runner on small real inputs: one snapshot whatever the engine, batches or kills; units redone only where they must be."""
+"""The runner on small real inputs: one snapshot whatever the engine, batches or kills; only what must is redone."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from tests.pipelines import raw
 
 @pytest.fixture(autouse=True)
 def probe_stage(monkeypatch):
+    """The probe is a stage for these tests, also in Ray's workers, which find nothing in the working directory."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     monkeypatch.setitem(recipe_module.STAGE_TYPES, "probe", "tests.pipelines.probe:Probe")
 
 
@@ -183,11 +185,10 @@ def test_the_name_and_place_of_the_input_do_not_change_the_snapshot(tmp_path):
     assert content(first) == content(second)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ray_gives_the_snapshot_of_one_process(tmp_path, workers, ray_temp):
+def test_ray_gives_the_snapshot_of_one_process(tmp_path, ray_temp):
     url = raw.write_world(tmp_path / "raw")
     local = run(tmp_path / "local", url)
-    on_ray = run(tmp_path / "ray", url, engine="ray", workers=workers)
+    on_ray = run(tmp_path / "ray", url, engine="ray", workers=2)
     assert on_ray.id == local.id
     assert content(on_ray) == content(local)
 
@@ -212,7 +213,7 @@ def test_select_refuses_to_revive_rows_that_were_never_measured_unless_told_to_m
     base = {name: source.manifest["recipe"][name] for name in ("stages", "rules", "held_out", "pack")}
     options = Options(output="", engine="local", quiet=True, report=False, parents=(source.folder.url,))
     looser = load_recipe(base, ["rules.short_side.at_least=4"])
-    with pytest.raises(RecipeError, match="3 rows by probe .*--measure-missing"):
+    with pytest.raises(RecipeError, match=r"3 rows by probe .*--measure-missing"):
         select(source, looser, options)
     revived = select(source, looser, options, measure_missing=True)
     assert by_key(revived)["000000902"]["probe.score"] is not None
@@ -325,3 +326,14 @@ def test_parquet_and_folders_are_read_like_tars(tmp_path):
     ]
     assert found[0] == found[1] == found[2] == found[3]
     assert len(found[0]) == 5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("transport", [7, 500])
+def test_one_snapshot_over_engines_workers_and_transport(tmp_path, workers, transport, ray_temp):
+    url = raw.write_world(tmp_path / "raw", rows=40)
+    local = run(tmp_path / "local", url, GATED)
+    overrides = [f"engine.transport_batch={transport}"]
+    on_ray = run(tmp_path / "ray", url, GATED, engine="ray", workers=workers, overrides=overrides)
+    assert content(on_ray) == content(local)
