@@ -124,6 +124,10 @@ def evaluate(
         _refuse_unmeasured(rule, alive, gated)
         before = int(alive.sum())
         _apply(judged, alive, name, rule, columns, gated)
+        left = int(alive.sum())
+        unjudged = sum(
+            verdict == "failed" and at == name for verdict, at in zip(judged.verdict, judged.rule, strict=True)
+        )
         steps.append(
             {
                 "rule": name,
@@ -131,8 +135,9 @@ def evaluate(
                 "column": rule.needs[0],
                 "threshold": rule.threshold_text(),
                 "in": before,
-                "rejected": before - int(alive.sum()),
-                "out": int(alive.sum()),
+                "rejected": before - left - unjudged,
+                "failed": unjudged,
+                "out": left,
             }
         )
     failures = Counter(

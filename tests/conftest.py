@@ -42,7 +42,7 @@ for _name in ("RAY_ADDRESS", "SLUICE_CATALOG"):
 # --- programs that are not Python packages ---------------------------------------------------------------------------
 
 
-def postgres_bin() -> Path | None:
+def find_postgres() -> Path | None:
     """The folder with this machine's newest PostgreSQL server programs, or None."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     if found:
@@ -51,24 +51,46 @@ def postgres_bin() -> Path | None:
     return Path(on_path).resolve().parent if on_path else None
 
 
-def chromium() -> str | None:
-    """The path of a Chromium browser, or None."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def find_chromium() -> Path | None:
+    """A Chromium browser, or None."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return Path(found) if found else None
 
 
-PROGRAMS: dict[str, tuple[Callable[[], object], str]] = {
-    "postgres": (postgres_bin, "no PostgreSQL server program (initdb) here: install the package postgresql"),
-    "browser": (chromium, "no chromium here: install the package chromium"),
+PROGRAMS: dict[str, tuple[Callable[[], Path | None], str]] = {
+    "postgres": (find_postgres, "no PostgreSQL server program (initdb) here: install the package postgresql"),
+    "browser": (find_chromium, "no chromium here: install the package chromium"),
 }
 
 
+def program(marker: str) -> Path:
+    """Where the program of a marker is. Where it is missing the test skips, with the reason; in CI it fails."""
+    find, reason = PROGRAMS[marker]
+    found = find()
+    if found is None:
+        if IN_CI:
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return found
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test marked postgres or browser skips, with the reason, where the program is missing; in CI it fails."""
-    for marker, (find, reason) in PROGRAMS.items():
-        if item.get_closest_marker(marker) and find() is None:
-            if IN_CI:
-                pytest.fail(reason, pytrace=False)
-            pytest.skip(reason)
+    """A test marked postgres or browser asks for its program before any of its fixtures does."""
+    for marker in PROGRAMS:
+        if item.get_closest_marker(marker):
+            program(marker)
+
+
+@pytest.fixture(scope="session")
+def postgres_programs() -> Path:
+    """The folder of initdb, pg_ctl and the others."""
+    return program("postgres")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Path:
+    """A Chromium browser."""
+    return program("browser")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -104,14 +126,14 @@ def session_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_home(session_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has a home and a catalog of its own; fixtures of wider scope share the session's."""
-    _isolate(monkeypatch, tmp_path)
+    _isolate(monkeypatch, Path(tempfile.mkdtemp(prefix="test-", dir=session_folder)))
 
 
 def _isolate(patch: pytest.MonkeyPatch, folder: Path) -> None:
     home = folder / "home"
-    home.mkdir(exist_ok=True)
+    home.mkdir()
     patch.setenv("HOME", str(home))
     patch.setenv("SLUICE_CATALOG", f"sqlite:///{folder}/catalog.db")
 

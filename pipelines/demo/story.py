@@ -117,6 +117,9 @@ class Story:
     def report(
         self, snapshot: Snapshot, teacher: Path, student: Path, findings: list[Finding], evaluation: dict[str, Any]
     ) -> Path:
+        from pipelines.lineage.catalog import open_catalog
+        from pipelines.lineage.questions import trace
+        from pipelines.lineage.tree import build
         from pipelines.report.pages import combined_page
         from pipelines.report.runs import Table
 
@@ -137,7 +140,7 @@ class Story:
                 snapshot=snapshot.folder.url,
                 runs=[str(teacher), str(student)],
                 tables=[Table("What was planted, and what was found", ["check", "figure", "asked", "verdict"], rows)],
-                lineage=None,
+                lineage=build(trace(open_catalog(None), str(student / "model"))),
                 tiles=tiles,
             )
         )
@@ -182,7 +185,7 @@ def judge_drawings(folder: Path, scenes: list[Any]) -> dict[str, float]:
 
     drawn = json.loads((folder / "samples.json").read_text())
     verdicts = []
-    for sample, scene in zip(drawn, scenes, strict=True):
+    for sample, scene in zip(drawn["samples"], scenes, strict=True):
         with Image.open(folder / sample["file"]) as picture:
             verdicts.append(judge(np.asarray(picture.convert("RGB")), scene))
     related = [verdict.relation_ok for verdict in verdicts if verdict.relation_ok is not None]
@@ -190,8 +193,8 @@ def judge_drawings(folder: Path, scenes: list[Any]) -> dict[str, float]:
         "colour_rate": float(np.mean([verdict.colour_ok for verdict in verdicts])),
         "shape_rate": float(np.mean([verdict.shape_ok for verdict in verdicts])),
         "relation_rate": float(np.mean(related)) if related else float("nan"),
-        "steps": float(drawn[0]["steps"]),
-        "seconds_per_image": float(np.median([sample["seconds"] for sample in drawn])),
+        "steps": drawn["steps"],
+        "seconds_per_image": drawn["seconds_per_image"],
     }
 
 
