@@ -3,8 +3,8 @@
     stages:
       text: {type: text_quality}          # text.characters, text.words, text.flaw
 
-`flaw` is null for a caption that says something, else one of: missing, no letters, file name, url, html, boilerplate,
-repetition. Rules judge (`{column: text.flaw, is_null: true}`, `{column: text.words, at_least: 3}`); this file measures.
+`flaw` is null for a caption that says something, else one of: missing, url, file name, html, no letters,
+boilerplate, repetition. Rules judge (`{column: text.flaw, is_null: true}`, `{column: text.words, at_least: 3}`); this file measures.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _BOILERPLATE = re.compile(
     r"(royalty[- ]free )?(stock )?(photo|image|picture)s?( of .{0,3})?|"
     r"untitled|no (caption|description|title)( available)?|image may contain.*|click (here )?(to|for) .*|"
     r"(photo|image|picture) (\d+|unavailable|not available|coming soon)|thumbnail( image)?|logo|banner|placeholder|"
+    r"(photo|image|picture|photograph)s? (credit|courtesy|source)\W.*|"
     r"(product|gallery|featured|main|default|preview) (image|photo|picture)|no image( available)?)\W*$"
     r"|(^|\W)(royalty[- ]free (stock )?(photo|image|illustration)|all rights reserved|click to (enlarge|zoom|view)|"
     r"download (this|now|free|wallpaper)|buy (it )?now|add to (cart|basket)|free shipping|lorem ipsum|"
@@ -45,13 +46,13 @@ def flaw_of(text: str | None) -> str | None:
     if not stripped:
         return "missing"
     words = [word.lower() for word in words_of(stripped)]
+    # A URL inside a real sentence is a blemish; a caption that is little else is a flaw.
+    if _URL.search(stripped) and len(words_of(_URL.sub(" ", stripped))) < 3:
+        return "url"
     if _FILE_NAME.search(stripped):
         return "file name"
     if _HTML.search(stripped):
         return "html"
-    # A URL inside a real sentence is a blemish; a caption that is little else is a flaw.
-    if _URL.search(stripped) and len(words_of(_URL.sub(" ", stripped))) < 3:
-        return "url"
     if not any(character.isalpha() for character in stripped):
         return "no letters"
     if _BOILERPLATE.search(stripped):

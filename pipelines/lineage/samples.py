@@ -123,6 +123,8 @@ def why(catalog: Catalog | None, question: str, snapshot: str | None = None) -> 
     the sample first. Without a catalog the models stay unknown and are not mentioned. Raises ValueError where nothing
     fits or the question fits several samples.
     """
+    import duckdb
+
     ledgers = _ledgers(catalog, snapshot)
     problems: list[Elsewhere] = []
     asked: list[str] = []
@@ -134,9 +136,13 @@ def why(catalog: Catalog | None, question: str, snapshot: str | None = None) -> 
                 raise
             problems.append(Elsewhere("", address, problem=str(error)))
             continue
-        asked.append(address)
         with ledger:
-            found = _occurrences(ledger, question)
+            try:
+                found = _occurrences(ledger, question)
+            except duckdb.Error as error:  # a ledger that lacks what every ledger has: damaged, or not ours
+                problems.append(Elsewhere(ledger.id, address, problem=str(error).partition("\n")[0]))
+                continue
+            asked.append(address)
             if found:
                 stories = [_story(ledger, uid, shard, index) for uid, shard, index in found]
                 others = _elsewhere(catalog, ledger, stories, problems)

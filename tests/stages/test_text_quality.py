@@ -20,6 +20,8 @@ from stages.text_quality import flaw_of, words_of
         ("stock photo", "boilerplate"),
         ("Image may contain: one person", "boilerplate"),
         ("click to enlarge the picture", "boilerplate"),
+        ("photo credit: a press agency", "boilerplate"),
+        ("https://example.org/pictures/0001.jpg", "url"),
         ("cats cats cats cats cats cats today", "repetition"),
     ],
 )
@@ -32,6 +34,7 @@ def test_each_flaw_by_name(caption, flaw):
     [
         "A girl in a striped shirt holds a bun to her mouth .",
         "a photo of an airplane",
+        "photos by the sea at dusk",
         "a red circle",
         "赤い丸の絵",
         "Ein großes Haus am See",

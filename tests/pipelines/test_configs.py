@@ -1,0 +1,41 @@
+"""Every curation recipe that users copy runs as it stands, with the small shipped models put in for the large ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.recipe import load_recipe
+from pipelines.runner import Options, curate
+from tests.pipelines import raw
+
+ROOT = Path(__file__).resolve().parents[2]
+CURATION = [path for path in sorted(ROOT.glob("configs/*.yaml")) if "stages" in yaml.safe_load(path.read_text())]
+# The made-up pictures are small, and the small CLIP and its head have other names than the real ones.
+INSTEAD = {
+    "curate": [
+        "rules.short_side.at_least=32",
+        "stages.clip.model=clip",
+        "stages.clip.pretrained=''",
+        "stages.aesthetic.head=aesthetic",
+        "rules.clip_score.at_least=-1",
+    ]
+}
+
+
+@pytest.mark.parametrize("config", CURATION, ids=lambda path: path.stem)
+def test_a_recipe_that_users_copy_runs(config, tmp_path):
+    url = raw.write_world(tmp_path / "raw", shards=1)
+    recipe = load_recipe(config, [f"input.url={url}", *INSTEAD.get(config.stem, [])])
+    snapshot = curate(recipe, Options(output=str(tmp_path / "out"), engine="local", quiet=True, report=False))
+    steps = {step["rule"]: step["rejected"] for step in snapshot.manifest["funnel"]["steps"]}
+    assert steps["exact"] == steps["near"] == 1
+    if config.stem == "curate":
+        assert snapshot.manifest["funnel"]["kept"] == 5
+        assert snapshot.manifest["cuts"]["aesthetic"]["of"] == 10
+
+
+def test_there_are_recipes_to_copy():
+    assert {path.stem for path in CURATION} >= {"curate", "dedupe"}
