@@ -111,7 +111,7 @@ class Story:
         (student / "evaluation.json").write_text(json.dumps(evaluation, indent=1))
         say("\nThe drawings, judged by reading their pixels")
         for name, rates in evaluation.items():
-            say(f"  {name:8s} " + ", ".join(f"{key} {value:.3g}" for key, value in rates.items()))
+            say(f"  {name:8s} " + ", ".join(f"{key} {value:.3g}" for key, value in rates.items() if value is not None))
         return evaluation
 
     def report(
@@ -192,7 +192,9 @@ def judge_drawings(folder: Path, scenes: list[Any]) -> dict[str, float]:
     return {
         "colour_rate": float(np.mean([verdict.colour_ok for verdict in verdicts])),
         "shape_rate": float(np.mean([verdict.shape_ok for verdict in verdicts])),
-        "relation_rate": float(np.mean(related)) if related else float("nan"),
+        "count_rate": float(np.mean([verdict.count_ok for verdict in verdicts])),
+        "relation_rate": float(np.mean(related)) if related else None,
+        "everything_right": float(np.mean([verdict.all_ok for verdict in verdicts])),
         "steps": drawn["steps"],
         "seconds_per_image": drawn["seconds_per_image"],
     }

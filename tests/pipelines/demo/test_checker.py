@@ -59,7 +59,7 @@ def test_a_missing_or_an_extra_thing_fails() -> None:
     one = Scene(pair.things[:1])
     assert not judge(np.asarray(draw(one, 32, rng)), pair).colour_ok
     assert not judge(np.asarray(draw(pair, 32, rng)), one).colour_ok
-    assert not judge(np.asarray(draw(pair, 32, rng)), one).shape_ok
+    assert not judge(np.asarray(draw(pair, 32, rng)), one).count_ok
 
 
 def test_it_finds_nothing_on_an_empty_ground_in_noise_or_in_darkness() -> None:
