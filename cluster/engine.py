@@ -89,13 +89,33 @@ class RayEngine:
             num_cpus=1,
             num_gpus=gpus or None,
         )
-        for row in dataset.iter_rows():
-            yield json.loads(row["result"])
+        try:
+            for row in dataset.iter_rows():
+                yield json.loads(row["result"])
+        except Exception as error:
+            # A user's mistake that only a worker could find is told like any other, not as a remote traceback.
+            if (mistake := _mistake_behind(error)) is not None:
+                raise mistake from None
+            raise
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         import ray
 
         return ray.get(ray.remote(num_cpus=1, max_retries=3)(function).remote(*arguments))
+
+
+def _mistake_behind(error: BaseException) -> ValueError | FileNotFoundError | None:
+    """The ValueError or FileNotFoundError that a worker raised, if that is what ended the run."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None)
+        for found in (cause, seen):
+            if isinstance(found, ValueError | FileNotFoundError):
+                # Ray's own wrappers inherit from what they wrap; only the plain error has the plain sentence.
+                plain = next((kind for kind in type(found).__mro__ if kind.__module__ == "builtins"), ValueError)
+                return plain(str(cause if cause is not None else found))  # type: ignore[return-value]
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 class _RayWorker:

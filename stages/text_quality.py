@@ -3,8 +3,8 @@
     stages:
       text: {type: text_quality}          # text.characters, text.words, text.flaw
 
-`flaw` is null for a caption that says something, else one of: missing, url, file name, html, no letters,
-boilerplate, repetition. Rules judge (`{column: text.flaw, is_null: true}`, `{column: text.words, at_least: 3}`); this file measures.
+`flaw` is null for a caption that says something, else one of: missing, url, file name, html, no letters, boilerplate,
+repetition. Rules judge (`{column: text.flaw, is_null: true}`, `{column: text.words, at_least: 3}`); this file measures.
 """
 
 from __future__ import annotations
