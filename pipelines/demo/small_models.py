@@ -48,14 +48,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 TRAINING_SEED = 1_000_003
 HELD_OUT_SEED = 2_000_003
 
-IMAGE_SIDE = 64
+IMAGE_SIDE = 48
 CONTEXT_LENGTH = 20
 PAD, EOS, BOS, UNKNOWN = "<pad>", "<eos>", "<bos>", "<unk>"  # ids 0, 1, 2, 3, as in Gemma
 CLIP_CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 96,
-        # A ResNet, CLIP's other image tower: from so few pictures a ViT of this size learned colours alone.
-        "vision_cfg": {"image_size": IMAGE_SIDE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
+        "vision_cfg": {"image_size": IMAGE_SIDE, "patch_size": 8, "width": 96, "head_width": 32, "layers": 4},
         "text_cfg": {
             "context_length": CONTEXT_LENGTH,
             "vocab_size": 0,  # filled in from the tokenizer
@@ -69,7 +68,7 @@ CLIP_CONFIG: dict[str, Any] = {
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"},
 }
-CLIP_STEPS = 300
+CLIP_STEPS = 1000
 CLEAN_SCORE, UGLY_SCORE = 7.0, 2.5  # what the aesthetic head learns to give, on LAION's scale of about 1..10
 
 
@@ -165,25 +164,15 @@ def make_tokenizer() -> Any:
 # --- CLIP ------------------------------------------------------------------------------------------------------------
 
 
-def contents(scene: Scene) -> list[int]:
-    """What stands where, as class numbers: arrangement, then colour and shape of the first thing (the upper or left
-    one), then of the second; 0 where there is none."""
-    things = scene.things[::-1] if scene.relation in ("below", "right of") else scene.things
-    arrangement = {None: 0, "above": 1, "below": 1, "left of": 2, "right of": 2}[scene.relation]
-    parts = [(1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape)) for thing in things]
-    return [arrangement, *parts[0], *(parts[1] if len(parts) > 1 else (0, 0))]
-
-
-CLASSES = [3, *[1 + len(COLOURS), 1 + len(SHAPES)] * 2]  # of each entry of `contents`
-
-
-def train_clip(folder: Path, steps: int = CLIP_STEPS, batch: int = 96, samples: int = 6000) -> None:
+def train_clip(
+    folder: Path, steps: int = CLIP_STEPS, batch: int = 64, samples: int = 6000, onward: bool = False
+) -> None:
     """Contrastive training (Radford et al. 2021) with hard negatives, after which the folder holds an open_clip model.
 
     Each picture is held against the captions of its batch and against two nearly true captions of its own, which is
     what teaches which colour belongs to which shape and who stands where. Captions that are true of a picture without
-    being its own count neither way. Two linear read-outs, thrown away afterwards, save most of the steps: one of what
-    stands where, from pictures and captions alike, and one of how spoiled a picture is, for the aesthetic head.
+    being its own count neither way. A linear read-out of the spoiling keeps that visible in the embedding, for the
+    aesthetic head; it is thrown away. onward: start from the model that lies in the folder, with other draws.
     """
     import open_clip
     import torch
@@ -191,6 +180,7 @@ def train_clip(folder: Path, steps: int = CLIP_STEPS, batch: int = 96, samples: 
     from torch.nn import functional
 
     torch.manual_seed(TRAINING_SEED)
+    seed = TRAINING_SEED + 10 * onward
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -199,30 +189,29 @@ def train_clip(folder: Path, steps: int = CLIP_STEPS, batch: int = 96, samples: 
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     started = time.monotonic()
-    scenes, pixels, spoiling = pictures(samples, TRAINING_SEED, ugly_share=0.25)
+    scenes, pixels, spoiling = pictures(samples, seed, ugly_share=0.25)
     print(f"clip: {samples} pictures drawn in {time.monotonic() - started:.0f} s", flush=True)
     meanings = np.unique([meaning(scene) for scene in scenes], return_inverse=True)[1]
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     spoiled = torch.from_numpy(spoiling)
-    classes = torch.tensor([contents(scene) for scene in scenes])
 
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    readout = torch.nn.Linear(config["model_cfg"]["embed_dim"], sum(CLASSES) + 1)
-    parameters = [*model.parameters(), *readout.parameters()]
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=onward)
+    quality = torch.nn.Linear(config["model_cfg"]["embed_dim"], 1)
+    parameters = [*model.parameters(), *quality.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, 40, steps))
-    rng = np.random.default_rng([TRAINING_SEED, 5])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, 100, steps))
+    rng = np.random.default_rng([seed, 5])
     model.train()
     for step in range(steps):
         rows = rng.choice(samples, batch, replace=False)
         own = [caption(scenes[i], rng) for i in rows]
         false = [text for i in rows for text in false_captions(scenes[i], rng)]
         tokens = _tokens(tokenizer, own + false)
-        # bf16 towers: twice the speed on a CPU with matrix units, and no slower to learn at this size.
+        # bf16 towers: 3 times the speed on a CPU with matrix units, and no slower to learn at this size.
         with torch.autocast("cpu", torch.bfloat16):
             image_features = model.encode_image(_augmented(images[rows], rng))
             text_features = model.encode_text(tokens)
@@ -240,12 +229,9 @@ def train_clip(folder: Path, steps: int = CLIP_STEPS, batch: int = 96, samples: 
         # The same hard negatives once more by themselves: among so many others they would weigh too little.
         near = torch.cat([logits.diagonal()[:, None], near_logits], dim=1)
         loss = loss + 2 * functional.cross_entropy(near, target * 0)
-        # Unit vectors have small coordinates: without the factor the read-outs learn too slowly to be worth hearing.
-        both = torch.cat([image_features, text_features[:batch]]) * math.sqrt(image_features.shape[1])
-        *guesses, spoiling_read = readout(both).split([*CLASSES, 1], dim=1)
-        for entry, guess in enumerate(guesses):
-            loss = loss + functional.cross_entropy(guess, classes[rows, entry].repeat(2))
-        loss = loss + 2 * functional.mse_loss(spoiling_read[:batch, 0], spoiled[rows])
+        # Unit vectors have small coordinates: without the factor the read-out learns too slowly to be worth hearing.
+        read = quality(image_features * math.sqrt(image_features.shape[1]))[:, 0]
+        loss = loss + 2 * functional.mse_loss(read, spoiled[rows])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -253,7 +239,7 @@ def train_clip(folder: Path, steps: int = CLIP_STEPS, batch: int = 96, samples: 
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(50))
-        if step % 50 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             _tell("clip", step, steps, loss, started)
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
@@ -343,12 +329,12 @@ def train_text_encoder(folder: Path, steps: int = 400, batch: int = 64) -> None:
     """A Gemma 2 small enough for a laptop, trained to continue captions and to remember the words before.
 
     Continuing alone is not enough in this world: after "a large red" as after "a large blue" the same words may follow,
-    so a language model forgets the colour (cosine 0.998 between the two features, and a model that is conditioned on
-    them draws any colour). Linear read-outs of the word at hand and of the RECALLED ones before it keep them in.
+    so a language model forgets the colour (cosine 0.998 between the two features), and a model that is conditioned on
+    them draws any colour. Linear read-outs of the word at hand and of the RECALLED ones before it keep them in.
     """
     import torch
     from torch.nn import functional
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers import Gemma2Config, Gemma2Model
 
     torch.manual_seed(TRAINING_SEED)
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,9 +356,10 @@ def train_text_encoder(folder: Path, steps: int = 400, batch: int = 64) -> None:
         bos_token_id=tokenizer.bos_token_id,
         tie_word_embeddings=True,
     )
-    model = Gemma2ForCausalLM(config)
-    recall = torch.nn.ModuleList(torch.nn.Linear(config.hidden_size, len(tokenizer)) for _ in range(RECALLED + 1))
-    parameters = [*model.parameters(), *recall.parameters()]
+    model = Gemma2Model(config)
+    # Read-outs of the next word (back -1), of this one (0) and of those before it.
+    heads = {back: torch.nn.Linear(config.hidden_size, len(tokenizer)) for back in range(-1, RECALLED + 1)}
+    parameters = [*model.parameters(), *(p for head in heads.values() for p in head.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, 30, steps))
     rng = np.random.default_rng([TRAINING_SEED, 11])
@@ -380,12 +367,16 @@ def train_text_encoder(folder: Path, steps: int = 400, batch: int = 64) -> None:
     model.train()
     for step in range(steps):
         encoded = tokenizer(_captions(batch, rng), padding=True, return_tensors="pt")
-        labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
-        hidden_BLC = model.model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
-        loss = functional.cross_entropy(model.lm_head(hidden_BLC[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
-        for back, head in enumerate(recall):
-            words = labels[:, : labels.shape[1] - back].masked_fill(labels[:, back:] == -100, -100)
-            loss = loss + functional.cross_entropy(head(hidden_BLC[:, back:]).flatten(0, 1), words.flatten())
+        words_BL = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
+        hidden_BLC = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
+        loss = torch.zeros(())
+        for back, head in heads.items():
+            at = hidden_BLC[:, max(back, 0) : hidden_BLC.shape[1] + min(back, 0)]
+            asked = (
+                words_BL.roll(back, dims=1).masked_fill(words_BL == -100, -100) if back > 0 else words_BL.roll(back, 1)
+            )
+            asked = asked[:, max(back, 0) : words_BL.shape[1] + min(back, 0)]
+            loss = loss + functional.cross_entropy(head(at).flatten(0, 1), asked.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -393,17 +384,34 @@ def train_text_encoder(folder: Path, steps: int = 400, batch: int = 64) -> None:
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             _tell("text encoder", step, steps, loss, started)
-    model.model.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _captions(count: int, rng: np.random.Generator) -> list[str]:
     return [caption(sample_scene(rng), rng) for _ in range(count)]
 
 
-def _caption_loss(model: Any, encoded: Any) -> torch.Tensor:
-    """Mean cross-entropy (nats) of the next token, padding left out."""
-    labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
-    return model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, labels=labels).loss
+def other_colour_cosine(weights: Path, count: int, seed: int) -> float:
+    """Mean cosine between the features of one word in captions that differ in an earlier or the same colour word.
+
+    Near 1 the encoder has forgotten the colour, and nothing that is conditioned on it can draw what was asked.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(weights / "text_encoder")
+    model = AutoModel.from_pretrained(weights / "text_encoder").eval()
+    rng = np.random.default_rng([seed, 13])
+    colours = list(COLOURS)
+    cosines = []
+    with torch.inference_mode():
+        for _ in range(count):
+            first, other = rng.permutation(colours)[:2]
+            shape = SHAPES[rng.integers(len(SHAPES))]
+            encoded = tokenizer([f"a large {colour} {shape}" for colour in (first, other)], return_tensors="pt")
+            features = model(**encoded).last_hidden_state
+            cosines.append(torch.cosine_similarity(features[0, 3:5], features[1, 3:5], dim=-1).mean())
+    return float(torch.stack(cosines).mean())
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -423,7 +431,6 @@ def measure(weights: Path = WEIGHTS, seed: int = HELD_OUT_SEED, count: int = 400
     aesthetic: AUC of clean above ugly, and the mean scores. text_encoder: mean loss (nats) of the next word, and
     that of guessing by word frequency.
     """
-    from transformers import AutoTokenizer, Gemma2ForCausalLM
 
     from stages.aesthetic import Aesthetic
     from stages.clip_score import ClipScore
@@ -453,15 +460,6 @@ def measure(weights: Path = WEIGHTS, seed: int = HELD_OUT_SEED, count: int = 400
     exchanged, _ = scored([files[i] for i in pairs], [caption(scenes[i].with_colours_exchanged(), rng) for i in pairs])
     reversed_, _ = scored([files[i] for i in pairs], [caption(scenes[i].with_relation_reversed(), rng) for i in pairs])
 
-    tokenizer = AutoTokenizer.from_pretrained(weights / "text_encoder")
-    model = Gemma2ForCausalLM.from_pretrained(weights / "text_encoder").eval()
-    encoded = tokenizer(_captions(count, rng), padding=True, return_tensors="pt")
-    ids = encoded.input_ids[:, 1:][encoded.attention_mask[:, 1:] == 1].numpy()
-    frequency = np.bincount(ids) / len(ids)
-    import torch
-
-    with torch.inference_mode():
-        loss = float(_caption_loss(model, encoded))
     return {
         "clip": {
             "auc_swapped_caption": round(auc(true, swapped), 4),
@@ -476,8 +474,7 @@ def measure(weights: Path = WEIGHTS, seed: int = HELD_OUT_SEED, count: int = 400
             "mean_score_ugly": round(float(np.mean(ugly_scores)), 3),
         },
         "text_encoder": {
-            "next_word_loss": round(loss, 4),
-            "next_word_loss_by_frequency": round(float(-np.log(frequency[ids]).mean()), 4),
+            "other_colour_cosine": round(other_colour_cosine(weights, 64, seed), 4),
         },
     }
 
@@ -493,28 +490,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write (default: beside this script)")
     parser.add_argument("--clip-steps", type=int, default=CLIP_STEPS, help="training steps of the CLIP")
+    parser.add_argument("--onward", action="store_true", help="train the CLIP in the folder for as many steps more")
     parser.add_argument("--measure", action="store_true", help="only measure what lies in the folder, and print it")
     options = parser.parse_args(arguments)
     output: Path = options.output
     if options.measure:
         print(json.dumps(measure(output), indent=2))
         return
-    seconds = {}
-    for name, train in (
-        ("clip", lambda: train_clip(output / "clip", steps=options.clip_steps)),
-        ("aesthetic", lambda: train_aesthetic(output / "aesthetic", output / "clip")),
-        ("text_encoder", lambda: train_text_encoder(output / "text_encoder")),
-    ):
+    record = output / "accuracy.json"
+    before: dict[str, Any] = {"clip_steps": [], "training_seconds": {"clip": 0}}
+    if options.onward:
+        before = json.loads(record.read_text())
+    seconds = dict(before["training_seconds"])
+    started = time.monotonic()
+    train_clip(output / "clip", steps=options.clip_steps, onward=options.onward)
+    seconds["clip"] += round(time.monotonic() - started)
+    started = time.monotonic()
+    train_aesthetic(output / "aesthetic", output / "clip")
+    seconds["aesthetic"] = round(time.monotonic() - started)
+    if not options.onward:
         started = time.monotonic()
-        train()
-        seconds[name] = round(time.monotonic() - started)
-    for file in output.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by others
+        train_text_encoder(output / "text_encoder")
+        seconds["text_encoder"] = round(time.monotonic() - started)
     figures = measure(output)
     figures["measured_on"] = {"seed": HELD_OUT_SEED, "pictures": 400, "training_seed": TRAINING_SEED}
+    figures["clip_steps"] = [*before["clip_steps"], options.clip_steps]
     figures["training_seconds"] = seconds
     figures["bytes"] = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
-    (output / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n")
+    record.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     print(f"wrote {output}; next: python -m pytest tests/pipelines/demo")
 
