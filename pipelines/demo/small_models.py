@@ -372,10 +372,9 @@ def train_text_encoder(folder: Path, steps: int = 400, batch: int = 64) -> None:
         loss = torch.zeros(())
         for back, head in heads.items():
             at = hidden_BLC[:, max(back, 0) : hidden_BLC.shape[1] + min(back, 0)]
-            asked = (
-                words_BL.roll(back, dims=1).masked_fill(words_BL == -100, -100) if back > 0 else words_BL.roll(back, 1)
-            )
-            asked = asked[:, max(back, 0) : words_BL.shape[1] + min(back, 0)]
+            asked = words_BL.roll(back, dims=1)[:, max(back, 0) : words_BL.shape[1] + min(back, 0)]
+            if back > 0:  # padding remembers nothing
+                asked = asked.masked_fill(words_BL[:, back:] == -100, -100)
             loss = loss + functional.cross_entropy(head(at).flatten(0, 1), asked.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -428,10 +427,8 @@ def measure(weights: Path = WEIGHTS, seed: int = HELD_OUT_SEED, count: int = 400
     """Figures of all three models on `count` freshly drawn scenes, through the stages that curation runs.
 
     clip: AUC of true captions above false ones, over all pictures and not within a pair, as a threshold sees them.
-    aesthetic: AUC of clean above ugly, and the mean scores. text_encoder: mean loss (nats) of the next word, and
-    that of guessing by word frequency.
+    aesthetic: AUC of clean above ugly, and the mean scores. text_encoder: see `other_colour_cosine`.
     """
-
     from stages.aesthetic import Aesthetic
     from stages.clip_score import ClipScore
     from stages.contract import Batch, Context
