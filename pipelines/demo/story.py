@@ -131,8 +131,8 @@ class Story:
         tiles = [
             (f"{funnel['rows_in']:,}", "rows in"),
             (f"{funnel['kept']:,}", "kept"),
-            (f"{evaluation['teacher']['colour_rate']:.0%}", "teacher: colours right"),
-            (f"{evaluation['student']['colour_rate']:.0%}", "student: colours right"),
+            (f"{evaluation['teacher']['colour_rate']:.1%}", "teacher: colours right"),
+            (f"{evaluation['student']['colour_rate']:.1%}", "student: colours right"),
         ]
         page.write_text(
             combined_page(
