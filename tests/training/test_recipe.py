@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from training.recipe import RESOURCES, Recipe, RecipeError, changes_to, load_recipe, numeric, override_at
 
@@ -72,7 +73,8 @@ def test_every_recipe_that_is_shipped_loads(path: Path) -> None:
     from training.objectives import build_objective
 
     recipe: Any = load_recipe(path)
-    assert recipe.optimizer.gradient_clipping == 0.1
+    # Said in the file: DeepSpeed takes silence for 1.0, SANA means 0.1.
+    assert "gradient_clipping" in yaml.safe_load(path.read_text())["optimizer"]
     assert build_objective(numeric(recipe.objective)).options()["type"] == recipe.objective["type"]
 
 
