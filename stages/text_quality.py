@@ -67,6 +67,7 @@ class TextQuality(Stage):
     """Characters, words and the first flaw of every caption."""
 
     type: ClassVar[str] = "text_quality"
+    version: ClassVar[int] = 2  # 2: picture credits are boilerplate; an address is a url before it is a file name
     adds: ClassVar[tuple[Column, ...]] = (
         Column("characters", "int32", "characters"),
         Column("words", "int32", "words"),

@@ -1,6 +1,6 @@
 """Trains the small models of the made-up world: a CLIP, an aesthetic head and a text encoder, a few MB in all.
 
-    python -m pipelines.demo.small_models                     # writes pipelines/demo/weights/, minutes on 2 CPU cores
+    python -m pipelines.demo.small_models                     # writes pipelines/demo/weights/, slowly (accuracy.json)
     python -m pipelines.demo.small_models --measure           # measures what lies there, trains nothing
 
 Each is saved in the format of the model that it stands for, so that the code which loads the real one loads it:
