@@ -8,25 +8,25 @@ Rows are taken in keeper order: most pixels, then most bytes, then occurrence. A
 radius of a *kept* row and the second look confirms it, so chains do not carry further than the radius, and the outcome
 depends on neither the order of the input nor the number of workers.
 
-All pairs within the radius are found, none is guessed: if two 64-bit hashes differ in at most r bits, one of their four
-16-bit bands differs in at most floor(r / 4), so probing every band with every mask of that many bits is complete
-(Norouzi et al., "Fast Search in Hamming Space with Multi-Index Hashing", 2012).
+All pairs within the radius are found, none is guessed (stages.hamming).
+
+A table may bring rows that are held already, marked in the column HELD: they come before all others in keeper order
+and are never dropped, so that a new crawl is deduplicated against what an earlier snapshot kept. A keeper may then be
+one of them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
+from stages.hamming import iterate_pairs
 from stages.rules import Rule, Table, Verdicts, occurrence_order
 
-BANDS = 4
-BAND_BITS = 16
-PROBE_ROWS = 1 << 22  # candidate pairs held at once: 64 MB of indices
+# A boolean column that a table of a duplicate rule may have: True for rows that an earlier snapshot holds already.
+HELD = "held"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,13 @@ class ExactDuplicates(Rule):
 
     def judge(self, table: Table) -> Verdicts:
         image_id = table["image_id"].astype("U")
-        order = occurrence_order(table, image_id)
+        held = held_rows(table)
+        order = occurrence_order(table, image_id, ~held)
+        ordered = image_id[order]
+        is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(order)]
+        first = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
         keeper = np.full(len(image_id), -1, np.int64)
-        first = 0
-        for position in range(1, len(order)):
-            if image_id[order[position]] == image_id[order[first]]:
-                keeper[order[position]] = order[first]
-            else:
-                first = position
+        keeper[order] = np.where(is_first | held[order], -1, first)
         rejected = keeper >= 0
         distance = np.where(rejected, 0.0, np.nan)
         reasons = dict.fromkeys(map(int, np.flatnonzero(rejected)), "same bytes as the keeper")
@@ -89,18 +88,18 @@ class NearDuplicates(Rule):
 
     def judge(self, table: Table) -> Verdicts:
         count = len(table["uid"])
-        order = occurrence_order(table, -table[self.pixels].astype(np.int64), -table["size_bytes"].astype(np.int64))
+        held = held_rows(table)
+        order = occurrence_order(
+            table, ~held, -table[self.pixels].astype(np.int64), -table["size_bytes"].astype(np.int64)
+        )
         hashes = table[self.hash][order].astype(np.uint64)
         looks = np.zeros((count, 0), np.uint8)
         if self.second_look is not None:
-            looks = np.frombuffer(b"".join(table[self.thumbnail][order]), np.uint8).reshape(count, -1)
+            looks = np.frombuffer(b"".join(table[self.thumbnail][order]), np.uint8).reshape(count, -1 if count else 0)
         leader = _first_equal(hashes, looks)
         heads = np.flatnonzero(leader == np.arange(count))
-        left, right, bits = hamming_pairs(hashes[heads], self.radius)
-        if self.second_look is not None and len(left):
-            same = thumbnail_distance(looks[heads[left]], looks[heads[right]]) <= self.second_look
-            left, right, bits = left[same], right[same], bits[same]
-        keeper_of_head, distance_of_head = _greedy(len(heads), left, right, bits)
+        left, right, bits = self._confirmed_pairs(hashes[heads], looks[heads])
+        keeper_of_head, distance_of_head = greedy_keepers(held[order][heads], left, right, bits)
 
         head_position = np.zeros(count, np.int64)
         head_position[heads] = np.arange(len(heads))
@@ -114,9 +113,21 @@ class NearDuplicates(Rule):
         distance = np.full(count, np.nan)
         keeper[order] = np.where(keeper_rank >= 0, order[keeper_rank], -1)
         distance[order] = distance_rank
+        keeper[held], distance[held] = -1, np.nan
         rejected = keeper >= 0
         reasons = {int(row): f"{int(distance[row])} bits from the keeper" for row in np.flatnonzero(rejected)}
         return Verdicts(rejected, distance, float(self.radius), reasons, keeper=keeper, distance=distance)
+
+    def _confirmed_pairs(self, hashes: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs (left < right) of rows within the radius that pass the second look, and their distances in bits."""
+        found = [(np.empty(0, np.int64),) * 3]
+        for left, right, bits in iterate_pairs(hashes, self.radius):
+            if self.second_look is not None:
+                same = thumbnail_distance(looks[left], looks[right]) <= self.second_look
+                left, right, bits = left[same], right[same], bits[same]
+            found.append((left, right, bits))
+        left, right, bits = (np.concatenate(column) for column in zip(*found, strict=True))
+        return left, right, bits
 
 
 def _first_equal(hashes: np.ndarray, looks: np.ndarray) -> np.ndarray:
@@ -127,16 +138,29 @@ def _first_equal(hashes: np.ndarray, looks: np.ndarray) -> np.ndarray:
     return first[inverse]
 
 
-def _greedy(count: int, left: np.ndarray, right: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keeper (or -1) and distance of `count` rows in keeper order, given the confirmed pairs left < right."""
-    keeper = np.full(count, -1, np.int64)
-    distance = np.full(count, np.nan)
+def greedy_keepers(
+    held: np.ndarray, left: np.ndarray, right: np.ndarray, distance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) keeper (or -1) and its distance of N rows in keeper order, given confirmed pairs left < right.
+
+    held: (N,) bool, rows that are kept whatever lies near them.
+    """
+    keeper = [-1] * len(held)
+    found = np.full(len(held), np.nan)
+    fixed = held.tolist()
     # By the later row, nearest first: when a row is looked at, the fate of every earlier one is known.
-    for pair in np.lexsort((left, bits, right)):
-        earlier, later = left[pair], right[pair]
-        if keeper[later] < 0 and keeper[earlier] < 0:
-            keeper[later], distance[later] = earlier, bits[pair]
-    return keeper, distance
+    order = np.lexsort((left, distance, right))
+    for earlier, later, apart in zip(
+        left[order].tolist(), right[order].tolist(), distance[order].tolist(), strict=True
+    ):
+        if keeper[later] < 0 and keeper[earlier] < 0 and not fixed[later]:
+            keeper[later], found[later] = earlier, apart
+    return np.array(keeper, np.int64), found
+
+
+def held_rows(table: Table) -> np.ndarray:
+    """(N,) bool: which rows of a table are held already."""
+    return table[HELD].astype(bool) if HELD in table else np.zeros(len(table["uid"]), bool)
 
 
 def thumbnail_distance(left_NC: np.ndarray, right_NC: np.ndarray) -> np.ndarray:
@@ -145,49 +169,3 @@ def thumbnail_distance(left_NC: np.ndarray, right_NC: np.ndarray) -> np.ndarray:
     gain_N = (left * right).sum(1) / np.maximum((left * left).sum(1), 1e-6)
     gain_N = np.clip(gain_N, 0.7, 1 / 0.7)
     return np.abs(np.minimum(left * gain_N[:, None], 1) - right).mean(1)
-
-
-def hamming_pairs(hashes: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs (left < right) of N uint64 hashes at most `radius` bits apart, and their distances; complete."""
-    found_left, found_right = [], []
-    masks = _masks(radius // BANDS)
-    for band in range(BANDS):
-        values = ((hashes >> np.uint64(band * BAND_BITS)) & np.uint64(0xFFFF)).astype(np.int64)
-        rows = np.argsort(values, kind="stable")
-        starts = np.searchsorted(values[rows], np.arange((1 << BAND_BITS) + 1))
-        for mask in masks:
-            for left, right in _probe(values ^ mask, rows, starts):
-                later = left < right
-                left, right = left[later], right[later]
-                near = np.bitwise_count(hashes[left] ^ hashes[right]) <= radius
-                found_left.append(left[near])
-                found_right.append(right[near])
-    pairs = np.concatenate(found_left) * len(hashes) + np.concatenate(found_right)
-    pairs = np.unique(pairs)
-    left, right = np.divmod(pairs, max(len(hashes), 1))
-    return left, right, np.bitwise_count(hashes[left] ^ hashes[right]).astype(np.int64)
-
-
-def _masks(flips: int) -> list[int]:
-    """Every 16-bit mask with at most `flips` bits set."""
-    return [
-        sum(1 << bit for bit in bits)
-        for count in range(flips + 1)
-        for bits in itertools.combinations(range(BAND_BITS), count)
-    ]
-
-
-def _probe(targets: np.ndarray, rows: np.ndarray, starts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (row, member of the bucket it targets), in pieces of about PROBE_ROWS."""
-    counts = starts[targets + 1] - starts[targets]
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    first = 0
-    while first < len(targets) and total:
-        last = int(np.searchsorted(ends, (ends[first - 1] if first else 0) + PROBE_ROWS, side="left")) + 1
-        last = min(max(last, first + 1), len(targets))
-        part = counts[first:last]
-        left = np.repeat(np.arange(first, last), part)
-        within = np.arange(len(left)) - np.repeat(np.cumsum(part) - part, part)
-        yield left, rows[np.repeat(starts[targets[first:last]], part) + within]
-        first = last

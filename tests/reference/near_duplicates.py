@@ -18,11 +18,22 @@ def pairs_within(hashes: np.ndarray, radius: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def dropped(rows: list[dict], radius: int, same_look) -> dict[int, tuple[int, int]]:
-    """row -> (keeper, distance) for rows as dicts with pixels, size_bytes, uid, shard, index, hash, look."""
+def dropped(rows: list[dict], radius: int, same_look, held: list[bool] | None = None) -> dict[int, tuple[int, int]]:
+    """row -> (keeper, distance) for rows as dicts with pixels, size_bytes, uid, shard, index, hash, look.
+
+    held: rows that come first and are never dropped.
+    """
+    held = held or [False] * len(rows)
     order = sorted(
         range(len(rows)),
-        key=lambda i: (-rows[i]["pixels"], -rows[i]["size_bytes"], rows[i]["uid"], rows[i]["shard"], rows[i]["index"]),
+        key=lambda i: (
+            not held[i],
+            -rows[i]["pixels"],
+            -rows[i]["size_bytes"],
+            rows[i]["uid"],
+            rows[i]["shard"],
+            rows[i]["index"],
+        ),
     )
     kept: list[int] = []
     result: dict[int, tuple[int, int]] = {}
@@ -33,7 +44,7 @@ def dropped(rows: list[dict], radius: int, same_look) -> dict[int, tuple[int, in
             if hamming(rows[row]["hash"], rows[keeper]["hash"]) <= radius
             and same_look(rows[keeper]["look"], rows[row]["look"])
         ]
-        if near:
+        if near and not held[row]:
             distance, _, keeper = min(near)
             result[row] = (keeper, distance)
         else:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.dedupe import ExactDuplicates, NearDuplicates, hamming_pairs, thumbnail_distance
-from tests.reference.near_duplicates import dropped, pairs_within
+from stages.dedupe import HELD, ExactDuplicates, NearDuplicates, thumbnail_distance
+from tests.reference.near_duplicates import dropped
 
 
 def flip(value: int, bits) -> int:
@@ -20,13 +20,6 @@ def clustered_hashes(rng, count: int, edits: int) -> np.ndarray:
     base = [int(value) for value in rng.integers(0, 2**64, count, dtype=np.uint64)]
     near = [flip(base[rng.integers(count)], rng.choice(64, rng.integers(0, 13), replace=False)) for _ in range(edits)]
     return np.array(base + near, np.uint64)
-
-
-@pytest.mark.parametrize("radius", [0, 1, 3, 4, 7, 8, 11])
-def test_every_pair_within_the_radius_is_found_and_no_other(radius):
-    hashes = clustered_hashes(np.random.default_rng(radius), 250, 150)
-    left, right, bits = hamming_pairs(hashes, radius)
-    assert list(zip(left.tolist(), right.tolist(), bits.tolist(), strict=True)) == pairs_within(hashes, radius)
 
 
 def make_table(rows: list[dict]) -> dict[str, np.ndarray]:
@@ -134,6 +127,43 @@ def test_exact_duplicates_keep_the_first_occurrence():
     answer = ExactDuplicates().judge(table)
     assert answer.rejected.tolist() == [True, False, False]
     assert answer.keeper.tolist() == [1, -1, -1]
+
+
+def test_a_row_that_is_held_already_keeps_its_place_whatever_comes():
+    # A held row is small, and near another held one: both stay, and the larger newcomers go for them.
+    rows = [row("new", 1, 900), row("held", 0, 10), row("held too", 3, 10), row("far", 2**64 - 1)]
+    table = {**make_table(rows), HELD: np.array([False, True, True, False])}
+    answer = NearDuplicates(radius=4).judge(table)
+    assert answer.rejected.tolist() == [True, False, False, False]
+    assert (answer.keeper[0], answer.distance[0]) == (1, 1)
+
+
+def test_a_byte_copy_of_a_held_row_goes_for_it_and_held_copies_stay():
+    rows = [row("a", 0), row("b", 0), row("c", 0), row("d", 0)]
+    table = {**make_table(rows), HELD: np.array([False, True, True, False])}
+    table["image_id"] = np.array(["x", "x", "x", "y"], object)
+    answer = ExactDuplicates().judge(table)
+    assert answer.rejected.tolist() == [True, False, False, False]
+    assert answer.keeper[0] == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_against_held_rows_equals_the_plain_way_with_those_first(seed):
+    rows = random_rows(seed, 60)
+    held = np.random.default_rng(seed).random(len(rows)) < 0.3
+    answer = NearDuplicates(radius=8).judge({**make_table(rows), HELD: held})
+    # Held rows that decide nothing about each other: every one is a keeper from the start.
+    expected = dropped(rows, 8, same_look, held=held.tolist())
+    found = {int(r): int(answer.distance[r]) for r in np.flatnonzero(answer.rejected)}
+    assert found == {row: distance for row, (_, distance) in expected.items()}
+
+
+def test_no_rows_at_all_have_no_duplicates():
+    table = make_table([])
+    table["image_id"] = np.array([], object)
+    assert not ExactDuplicates().judge(table).rejected.any()
+    assert not NearDuplicates().judge(table).rejected.any()
 
 
 def test_a_radius_that_cannot_be_searched_completely_is_refused():
