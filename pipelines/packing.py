@@ -189,7 +189,8 @@ def _members(row: dict[str, Any], data: bytes) -> Iterator[tuple[str, bytes]]:
         "status": "success",
         "error_message": None,
     }
-    yield f"{key}.{row['ext'] or 'bin'}", data
+    if data:
+        yield f"{key}.{row['ext'] or 'bin'}", data
     yield f"{key}.txt", caption.encode("utf-8", "replace")
     yield f"{key}.json", json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
 

@@ -23,7 +23,7 @@ from cluster.storage import Folder, absolute, natural_key, resolve
 from pipelines.recipe import Input, RecipeError
 from stages.decode import sniff
 
-READER_VERSION = 1
+READER_VERSION = 2  # 2: a row without image bytes is read; stages that need a picture fail it
 MAX_MEMBER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
 FOLDER_SHARD_IMAGES = 1000
@@ -396,7 +396,7 @@ def _folder_members(shard: InputShard) -> Iterator[Member]:
 
 
 def _read_parquet(shard: InputShard) -> Iterator[Sample]:
-    """Rows of a Parquet file with image bytes in a binary column, or in a struct that has `bytes`."""
+    """Rows of a Parquet file: image bytes in a binary column or in a struct that has `bytes`, or captions alone."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -405,18 +405,17 @@ def _read_parquet(shard: InputShard) -> Iterator[Sample]:
     try:
         with pq.ParquetFile(path, filesystem=filesystem) as file:
             names = file.schema_arrow.names
-            image = _image_column(file.schema_arrow)
             caption, key, url = (_alias(names, wanted) for wanted in (CAPTION_ALIASES, KEY_ALIASES, URL_ALIASES))
+            image = _image_column(file.schema_arrow, needed=caption is None)
             more = "captions" if "captions" in names else None
             columns = [name for name in (image, caption, key, url, more) if name]
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
                 for row in batch.to_pylist():
-                    data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
+                    data = row[image] if image else None
+                    data = data["bytes"] if isinstance(data, dict) else data
                     sample = Sample(key=str(row[key])[:200] if key and row[key] is not None else f"{number:09d}")
                     _add_metadata(sample, row)
-                    if data is None:
-                        sample.error = "no image bytes"
-                    elif len(data) > MAX_MEMBER_BYTES:
+                    if data is not None and len(data) > MAX_MEMBER_BYTES:
                         sample.error = f"image larger than {MAX_MEMBER_BYTES} bytes"
                     else:
                         sample.data = data
@@ -430,7 +429,8 @@ def _alias(names: list[str], aliases: Iterable[str]) -> str | None:
     return next((alias for alias in aliases if alias in names), None)
 
 
-def _image_column(schema: Any) -> str:
+def _image_column(schema: Any, needed: bool = True) -> str | None:
+    """The column of image bytes. Without one: None, or ValueError where it is `needed`."""
     import pyarrow.types as pat
 
     for name in [*IMAGE_ALIASES, *schema.names]:
@@ -440,4 +440,6 @@ def _image_column(schema: Any) -> str:
                 kind = next((kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"), None)
             if kind is not None and (pat.is_binary(kind) or pat.is_large_binary(kind)):
                 return name
-    raise ValueError(f"no column of image bytes among {', '.join(schema.names)}")
+    if needed:
+        raise ValueError(f"no column of image bytes among {', '.join(schema.names)}")
+    return None

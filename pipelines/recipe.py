@@ -33,6 +33,7 @@ from stages.rules import Rule
 STAGE_TYPES = {
     "decode": "stages.decode:Decode",
     "text_quality": "stages.text_quality:TextQuality",
+    "language": "stages.language:Language",
     "perceptual_hash": "stages.hashing:PerceptualHash",
     "clip_score": "stages.clip_score:ClipScore",
     "aesthetic": "stages.aesthetic:Aesthetic",

@@ -69,14 +69,15 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Rule):
-    """Keeps rows whose column is at_least and/or at_most a number, equals a value, is one_of some, or is (not) null."""
+    """Keeps rows whose column is at_least and/or at_most a number, equals a value, is one_of some (null may
+    be one), or is (not) null."""
 
     type: ClassVar[str] = "threshold"
     column: str
     at_least: float | None = None
     at_most: float | None = None
     equals: bool | int | str | None = None
-    one_of: tuple[str, ...] | None = None
+    one_of: tuple[str | None, ...] | None = None
     is_null: bool | None = None
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class Threshold(Rule):
             elif self.equals is not None and value != self.equals:
                 reasons[row] = f"{self.column} {value!r} is not {self.equals!r}"
             elif self.one_of is not None and value not in self.one_of:
-                reasons[row] = f"{self.column} {value!r} is none of {', '.join(self.one_of)}"
+                reasons[row] = f"{self.column} {value!r} is none of {', '.join(map(str, self.one_of))}"
         rejected = np.zeros(len(column), bool)
         rejected[list(reasons)] = True
         return Verdicts(rejected, np.full(len(column), np.nan), reasons=reasons)

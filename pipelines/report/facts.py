@@ -20,6 +20,9 @@ _EXAMPLE = """
 EXAMPLE_COLUMNS = tuple(_EXAMPLE.split())
 BINS = 36
 FINE_BINS = 4096
+# Reasons of one rule that a page lists, and rows shown of each.
+CAUSES = 24
+CAUSE_SHOTS = 10
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,22 @@ class Distribution:
     missing: int = 0
 
 
+@dataclass(frozen=True)
+class Cause:
+    """Rows that one rule dropped for one reason, and a few of them."""
+
+    reason: str
+    rows: int
+    examples: Sequence[Example]
+
+
 @dataclass
 class RuleFacts:
+    """causes: for a rule over words (flaws, languages), its commonest reasons; empty where every row has its own."""
+
     step: Step
     distribution: Distribution | None = None
+    causes: Sequence[Cause] = ()
     dropped: list[Example] = field(default_factory=list)
     kept: list[Example] = field(default_factory=list)
     kept_how: str = ""
@@ -351,9 +366,25 @@ def add_keepers(ledger: Ledger, many: Sequence[Example]) -> None:
             one.keeper = Example(found, captions.get(found["uid"], ""))
 
 
+def causes_of(ledger: Ledger, step: Step) -> list[Cause]:
+    """The reasons a rule over a column of words gave, the commonest first, each with up to CAUSE_SHOTS rows."""
+    if step.type.endswith("_duplicates") or not step.column or ledger.number_column(step.column):
+        return []
+    counted = ledger.rows(
+        "SELECT reason, count(*) AS rows FROM ledger WHERE verdict = 'rejected' AND rule = ? AND reason IS NOT NULL "
+        f"GROUP BY reason ORDER BY rows DESC, reason LIMIT {CAUSES}",
+        [step.name],
+    )
+    chosen = "verdict = 'rejected' AND rule = ? AND reason = ?"
+    return [
+        Cause(one["reason"], one["rows"], examples(ledger, chosen, [step.name, one["reason"]], CAUSE_SHOTS))
+        for one in counted
+    ]
+
+
 def rule_facts(ledger: Ledger, step: Step, shots: int) -> RuleFacts:
     """A rule's spread and its examples: dropped ones by uid; kept ones nearest the cut where there is one."""
-    facts = RuleFacts(step, distribution(ledger, step))
+    facts = RuleFacts(step, distribution(ledger, step), causes_of(ledger, step))
     facts.dropped = examples(ledger, "verdict = 'rejected' AND rule = ?", [step.name], shots, f"dropped {step.name}")
     add_keepers(ledger, facts.dropped)
     cuts = cuts_of(ledger, step.name)

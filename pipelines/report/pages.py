@@ -398,6 +398,10 @@ def _snapshot_body(ledger: Ledger, images: Images, lineage: Node | None) -> Snap
                 "asked": step.asked,
                 "dropped_count": step.dropped,
                 "dropped": shots,
+                "causes": [
+                    (_cut(cause.reason), cause.rows, [drawer.shot(one) for one in cause.examples])
+                    for cause in found.causes
+                ],
                 "pairs": shots if paired else [],
                 "kept": [drawer.shot(one) for one in found.kept],
                 "kept_how": found.kept_how,

@@ -25,6 +25,8 @@ Images = Callable[[str, str, str | None, int], bytes | None]
 THUMBNAIL_SIDE = 176
 LARGEST_BYTES = 64 << 20
 LARGEST_PIXELS = 120_000_000
+# Of a row that came without a picture: a caption alone.
+NO_PICTURE = "none"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def thumbnail(data: bytes | None, side: int = THUMBNAIL_SIDE) -> Thumbnail:
 
 def row_thumbnail(images: Images, row: Mapping[str, Any], side: int = THUMBNAIL_SIDE) -> Thumbnail:
     """The thumbnail of a ledger row, if its bytes are found and still are the bytes that were judged."""
+    if "image_id" in row and row["image_id"] is None:
+        return Thumbnail(problem=NO_PICTURE)
     try:
         data = images(row["shard"], row["key"] or "", row.get("member"), row["index"])
     except (OSError, ValueError):

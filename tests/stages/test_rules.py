@@ -75,3 +75,10 @@ def test_top_fraction_fails_what_is_not_finite_and_does_not_count_it():
 def test_top_fraction_outside_its_range_is_refused(fraction):
     with pytest.raises(ValueError, match="fraction"):
         TopFraction(column="x", fraction=fraction)
+
+
+def test_null_may_be_one_of_the_values_that_pass():
+    column = objects(None, "en", "de")
+    answer = Threshold(column="x", one_of=("en", None)).judge(table(x=column))
+    assert answer.rejected.tolist() == [False, False, True]
+    assert answer.reasons == {2: "x 'de' is none of en, None"}
