@@ -561,8 +561,8 @@ def describe_plan(
         f"text features of {config.caption_channels} channels",
         f"  batch       {batch.global_batch} = {recipe.workers} worker(s) x {batch.micro_batch} x "
         f"{recipe.accumulation()} accumulated; {recipe.steps * batch.global_batch:,} samples in all",
-        f"  optimizer   AdamW, lr {recipe.optimizer.lr:g} after {recipe.optimizer.warmup_steps:,} steps of warm-up, "
-        f"gradients clipped at {recipe.optimizer.gradient_clipping:g}, EMA {recipe.ema_decay:g}",
+        f"  optimizer   {recipe.optimizer.type}, lr {recipe.optimizer.lr:g} after {recipe.optimizer.warmup_steps:,} "
+        f"steps of warm-up, gradients clipped at {recipe.optimizer.gradient_clipping:g}, EMA {recipe.ema_decay:g}",
         f"  memory      {_size(memory.total)} a rank at ZeRO stage {recipe.zero_stage} in {recipe.precision}: {held}",
         f"  checkpoint  every {recipe.checkpoint_every:,} steps, about {each} each, "
         f"{recipe.keep_checkpoints or 'all'} kept",

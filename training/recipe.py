@@ -44,13 +44,18 @@ class Section(BaseModel):
 class OptimizerOptions(Section):
     """AdamW with a linear warm-up to a constant rate, as the SANA recipes have it, or one that falls at the end.
 
+    type: "muon" moves the blocks' matrices by orthogonalised momentum (Muon, Jordan et al. 2024) at the rate `muon_lr`,
+    all else by AdamW at `lr`; both rates rise and fall together. On the tiny model it needs about half the steps.
+    muon_momentum: of the matrices' gradient average.
     decay_steps: the rate falls linearly to zero over this many steps before the end; 0, as SANA has it, keeps it up.
     gradient_clipping: largest global gradient norm; 0 leaves gradients as they are. Always handed to DeepSpeed
     explicitly, whose own default is 1.0.
     """
 
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
