@@ -41,8 +41,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (40, 40, 40),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES: dict[str, float] = {"large": 0.42, "small": 0.26}  # diameter of the circle, as a fraction of the shorter side
-TRIANGLE_SIDE = 1.2  # in diameters
+SIZES: dict[str, float] = {"large": 0.40, "small": 0.28}  # diameter of the circle, as a fraction of the shorter side
+# In diameters. A square holds the whole circle of its size, so that at 32 pixels the two differ in more than corners.
+SQUARE_SIDE = 1.12
+TRIANGLE_SIDE = 1.2
 RELATIONS = ("above", "below", "left of", "right of")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
@@ -219,14 +221,14 @@ def coverage(shape: str, height: int, width: int, cx: float, cy: float, diameter
     """How much of each pixel a shape covers: float32 (height, width) in 0..1, anti-aliased by its signed distance.
 
     cx, cy and diameter in pixels, pixel (i, j) being centred on (j + 0.5, i + 0.5). (cx, cy) is the centroid for every
-    shape; the square's side is 0.9 and the triangle's 1.2 diameters.
+    shape; SQUARE_SIDE and TRIANGLE_SIDE are in diameters.
     """
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     x, y = x - cx, y - cy
     if shape == "circle":
         distance = np.hypot(x, y) - diameter / 2
     elif shape == "square":
-        distance = np.maximum(np.abs(x), np.abs(y)) - 0.45 * diameter
+        distance = np.maximum(np.abs(x), np.abs(y)) - SQUARE_SIDE / 2 * diameter
     elif shape == "triangle":
         # Equilateral, point up: three half-planes at the inradius from the centroid.
         inradius = TRIANGLE_SIDE * diameter / (2 * np.sqrt(3))
@@ -238,7 +240,7 @@ def coverage(shape: str, height: int, width: int, cx: float, cy: float, diameter
 
 def shape_area(shape: str, diameter: float) -> float:
     """Area in square pixels of a shape of that diameter."""
-    factor = {"circle": np.pi / 4, "square": 0.81, "triangle": np.sqrt(3) / 4 * TRIANGLE_SIDE**2}[shape]
+    factor = {"circle": np.pi / 4, "square": SQUARE_SIDE**2, "triangle": np.sqrt(3) / 4 * TRIANGLE_SIDE**2}[shape]
     return float(factor * diameter**2)
 
 
@@ -266,12 +268,11 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, f
     """Centre x, y and diameter of each thing, in units of the central square's side."""
     diameters = [SIZES[thing.size] * rng.uniform(0.94, 1.06) for thing in scene.things]
     if scene.relation is None:
-        reach = 0.46 - 0.6 * diameters[0]
+        reach = 0.5 * (0.46 - 0.6 * diameters[0])
         return [(0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach), diameters[0])]
-    across = [0.5 + rng.uniform(-1, 1) * (0.44 - 0.6 * diameter) for diameter in diameters]
-    # The relation that is said must be the one that is seen: never further apart sideways than along it.
-    across[1] = float(np.clip(across[1], across[0] - 0.36, across[0] + 0.36))
-    along = [0.265 + rng.uniform(-0.025, 0.02), 0.735 + rng.uniform(-0.02, 0.025)]
+    # The relation that is said must be the one that is seen: far less apart sideways than along it.
+    across = [0.5 + rng.uniform(-0.5, 0.5) * (0.44 - 0.6 * diameter) for diameter in diameters]
+    along = [0.25 + rng.uniform(-0.01, 0.01), 0.75 + rng.uniform(-0.01, 0.01)]
     if scene.relation in ("below", "right of"):
         along = along[::-1]
     if scene.relation in ("above", "below"):
