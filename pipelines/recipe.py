@@ -43,6 +43,7 @@ RULE_TYPES = {
     "top_fraction": "stages.rules:TopFraction",
     "exact_duplicates": "stages.dedupe:ExactDuplicates",
     "near_duplicates": "stages.dedupe:NearDuplicates",
+    "semantic_duplicates": "stages.semantic:SemanticDuplicates",
 }
 FORMATS = ("auto", "webdataset", "parquet", "folder")
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Engine, LocalEngine, open_engine
 from cluster.storage import Folder, absolute, lease
-from pipelines.judge import Gating, JudgedShard, judge_all, judge_gate
+from pipelines.judge import JudgedShard, NotMeasuredError
+from pipelines.judging import FOLDER as JUDGING
+from pipelines.judging import Case, judge_all, judge_gate
 from pipelines.measure import MeasureWorker, read_columns
 from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
@@ -179,9 +181,8 @@ def _judge_gate(
     )
     done, paths = f"units/gates/{key}.json", [f"units/gates/{key}-{place:06d}.parquet" for place in range(len(shards))]
     if not store.exists(done):
-        gating = Gating(dict(plan.rules_before))
-        digests = _near(engine, plan.shards).call(judge_gate, store.url, shards, rules, measured, gating, paths)
-        store.write_json(done, digests)
+        case = Case(tuple(shards), rules, tuple(measured), dict(plan.rules_before))
+        store.write_json(done, judge_gate(_near(engine, plan.shards), store, case, paths))
     return list(zip(paths, store.read_json(done), strict=True))
 
 
@@ -286,21 +287,17 @@ def _judge(plan: Plan, measured: Measured, store: Folder, engine: Engine, option
     paths = [f"units/verdicts/{key}-{place:06d}.parquet" for place in range(len(measured.shards))]
     if not store.exists(done):
         with Progress("judge", len(plan.recipe.rules), unit="rules", quiet=options.quiet) as progress:
-            result = _near(engine, plan.shards).call(
-                judge_all,
-                store.url,
-                measured.shards,
-                dict(plan.recipe.rules),
-                list(plan.recipe.stages),
-                Gating(dict(plan.rules_before)),
-                plan.recipe.held_out,
-                [parent.folder.url for parent in parents],
-                paths,
-            )
-            if "missing" in result:
-                raise NeedsMeasuringError(plan, result["missing"])
+            near = _near(engine, plan.shards)
+            stages = tuple(plan.recipe.stages)
+            case = Case(tuple(measured.shards), dict(plan.recipe.rules), stages, dict(plan.rules_before))
+            addresses = [parent.folder.url for parent in parents]
+            try:
+                result = judge_all(near, store, case, plan.recipe.held_out, addresses, paths)
+            except NotMeasuredError as problem:
+                raise NeedsMeasuringError(plan, problem.missing) from None
             progress.advance(len(plan.recipe.rules))
         store.write_json(done, result)
+        store.delete(JUDGING)
     return {**store.read_json(done), "paths": paths}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 OCCURRENCE = ("uid", "shard", "index")
 
 Table = Mapping[str, np.ndarray]
+Guide = Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -50,6 +51,12 @@ class Rule:
     type: ClassVar[str]
     version: ClassVar[int] = 1
     barrier: ClassVar[bool] = False
+    # A separable barrier can be judged part by part: `part_of` says which rows never decide about each other.
+    separable: ClassVar[bool] = False
+    # What `part_of` and `judge_part` must be told of all rows: "" (nothing), "neighbours" or "clusters".
+    guide: ClassVar[str] = ""
+    # Whether rows of an earlier snapshot may stand in the table, marked as held.
+    takes_held: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -58,6 +65,14 @@ class Rule:
     def judge(self, table: Table) -> Verdicts:
         """Judge the rows of `table`: all rows for a row rule, the rows alive at this step for a barrier."""
         raise NotImplementedError
+
+    def part_of(self, table: Table, parts: int, guide: Guide) -> np.ndarray:
+        """(N,) int64 part, 0 to `parts` - 1, of each row; `judge_part` of each part together is `judge` of all rows."""
+        raise NotImplementedError
+
+    def judge_part(self, table: Table, guide: Guide) -> Verdicts:
+        """Judge the rows of one part. guide: what had to be known of all rows before, by name."""
+        return self.judge(table)
 
     def threshold_text(self) -> str:
         """What is asked, in a few words, for funnels and reports."""
@@ -140,8 +155,13 @@ class Threshold(Rule):
 
 def occurrence_order(table: Table, *leading: np.ndarray) -> np.ndarray:
     """Row indices sorted by `leading` keys (first is most important), then by occurrence (uid, shard, index)."""
-    keys: Sequence[np.ndarray] = (*leading, table["uid"].astype("U"), table["shard"].astype("U"), table["index"])
+    keys: Sequence[np.ndarray] = (*leading, *(_sortable(table[name]) for name in OCCURRENCE))
     return np.lexsort(tuple(reversed(keys)))
+
+
+def _sortable(column: np.ndarray) -> np.ndarray:
+    """Text as numpy sorts it; a shard may also be its rank among all shards, an integer."""
+    return column.astype("U") if column.dtype == object else column
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,3 +82,11 @@ def test_null_may_be_one_of_the_values_that_pass():
     answer = Threshold(column="x", one_of=("en", None)).judge(table(x=column))
     assert answer.rejected.tolist() == [False, False, True]
     assert answer.reasons == {2: "x 'de' is none of en, None"}
+
+
+def test_top_fraction_of_one_keeps_every_row_that_has_a_number():
+    # An index of n into n sorted values is where a threshold taken by position falls over.
+    answer = TopFraction(column="x", fraction=1.0).judge(table(x=np.array([0.5, 0.1, np.nan, 0.1])))
+    assert not answer.rejected.any()
+    assert list(answer.failures) == [2]
+    assert answer.cut == {"fraction": 1.0, "cut": 0.1, "kept": 3, "of": 3}
