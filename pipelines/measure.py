@@ -3,15 +3,19 @@
 A task names a shard, where its units lie and which of them are still to be made. The worker streams the shard's
 samples once; every cheap stage of the pass sees the same decoded picture, and pixels are let go after each transport
 batch. A model stage (compute_batch > 0) sees the shard's measured rows in order, in batches of its own size, whatever
-the transport batch.
+the transport batch. While a model computes one batch in a thread of its own, the rows of the next ones are read here
+and made ready in others: which thread does what decides nothing about the numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +25,7 @@ import pyarrow.parquet as pq
 from cluster.engine import chunked
 from cluster.storage import Folder
 from pipelines.readers import InputShard, Sample, read
-from stages.contract import Batch, Column, Context, LazyImage, Measure, Stage
+from stages.contract import Batch, Column, Columns, Context, LazyImage, Measure, PreparedMeasure, Stage
 from stages.decode import EncodedImage, sniff
 
 ROWS_SCHEMA = pa.schema(
@@ -41,6 +45,10 @@ ROWS_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+# Batches of a model that wait, ready or nearly so, behind the one it computes.
+BATCHES_AHEAD = 2
+# Threads that make rows ready for a model on an accelerator; beside a model on the CPU there is one.
+MOST_PREPARING_THREADS = 8
 # Reader columns that stages and rules may name without a stage before them.
 READER_COLUMNS = (*ROWS_SCHEMA.names, "shard", "image")
 
@@ -98,12 +106,13 @@ class StageJob:
 
 @dataclass
 class _Gathered:
-    """One stage's answers for a shard, row by row, and the rows waiting for its next batch."""
+    """One stage's answers for a shard, row by row, the rows waiting for its next batch, and batches on their way."""
 
     job: StageJob
     values: dict[str, list[Any]]
     errors: list[str | None] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
+    under_way: deque[tuple[list[int], Future[Columns]]] = field(default_factory=deque)
 
 
 class MeasureWorker:
@@ -115,6 +124,10 @@ class MeasureWorker:
         self.transport_batch: int = config["transport_batch"]
         self.jobs = [StageJob.from_json(job) for job in config["jobs"]]
         self.opened: dict[str, Measure] = {}
+        # Threads start when first given something to do: a worker of cheap measures has none but its own.
+        threads = 1 if self.context.device == "cpu" else min(MOST_PREPARING_THREADS, os.cpu_count() or 1)
+        self.preparing = ThreadPoolExecutor(threads, "prepare")
+        self.computing = ThreadPoolExecutor(1, "compute")
 
     def measure_of(self, job: StageJob) -> Measure:
         if job.name not in self.opened:
@@ -182,6 +195,7 @@ class MeasureWorker:
                 image.release()
         for part in gathered:
             self._flush(part, pending, len(part.waiting), task["digest"])
+            self._collect(part)
         if rows is None:
             rows = pa.Table.from_pylist(described, schema=ROWS_SCHEMA)
             write_table(self.store, task["rows"], rows)
@@ -214,6 +228,7 @@ class MeasureWorker:
             part = _gather(job)
             self._take(part, pending, range(rows.num_rows), gates, task["digest"])
             self._flush(part, pending, len(part.waiting), task["digest"])
+            self._collect(part)
             self._write(part, task)
 
     def _take(
@@ -251,15 +266,19 @@ class MeasureWorker:
         columns: dict[str, Sequence[Any]] = {name: [row[name] for row, _ in held] for name in names}
         columns["shard"] = [shard] * count
         images: list[LazyImage] = [image for _, image in held]
-        answer = self.measure_of(part.job)(Batch(columns, images))
-        for name, values in part.values.items():
-            given = answer.values[name]
-            if len(given) != count:
-                raise RuntimeError(f"stage {part.job.name} gave {len(given)} values of {name} for {count} rows")
-            for row, value in zip(chosen, given, strict=True):
-                values[row] = value
-        for row, error in zip(chosen, answer.errors or [None] * count, strict=True):
-            part.errors[row] = error
+        measure, batch = self.measure_of(part.job), Batch(columns, images)
+        if isinstance(measure, PreparedMeasure):
+            ready = [self.preparing.submit(_prepare, measure, batch, row) for row in range(count)]
+            part.under_way.append((chosen, self.computing.submit(_compute, measure, ready)))
+            self._collect(part, BATCHES_AHEAD)
+        else:
+            _keep(part, chosen, measure(batch))
+
+    def _collect(self, part: _Gathered, ahead: int = 0) -> None:
+        """Wait for a stage's oldest batches until only `ahead` are under way."""
+        while len(part.under_way) > ahead:
+            chosen, answer = part.under_way.popleft()
+            _keep(part, chosen, answer.result())
 
     def _write(self, part: _Gathered, task: dict[str, Any]) -> None:
         arrays = {
@@ -272,6 +291,30 @@ class MeasureWorker:
 
 def _gather(job: StageJob) -> _Gathered:
     return _Gathered(job, {column.name: [] for column in job.columns})
+
+
+def _prepare(measure: PreparedMeasure, batch: Batch, row: int) -> Any:
+    """One row made ready, and its pixels forgotten: whole batches of decoded pictures would fill the memory."""
+    try:
+        return measure.prepare(batch, row)
+    finally:
+        batch.images[row].release()
+
+
+def _compute(measure: PreparedMeasure, ready: Sequence[Future[Any]]) -> Columns:
+    return measure.compute([row.result() for row in ready])
+
+
+def _keep(part: _Gathered, rows: Sequence[int], answer: Columns) -> None:
+    """Put a batch's answer where its rows are. Raises RuntimeError where a stage has lost or invented values."""
+    for name, values in part.values.items():
+        given = answer.values[name]
+        if len(given) != len(rows):
+            raise RuntimeError(f"stage {part.job.name} gave {len(given)} values of {name} for {len(rows)} rows")
+        for row, value in zip(rows, given, strict=True):
+            values[row] = value
+    for row, error in zip(rows, answer.errors or [None] * len(rows), strict=True):
+        part.errors[row] = error
 
 
 def _plain(values: list[Any]) -> list[Any]:

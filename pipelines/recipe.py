@@ -35,6 +35,7 @@ STAGE_TYPES = {
     "text_quality": "stages.text_quality:TextQuality",
     "language": "stages.language:Language",
     "perceptual_hash": "stages.hashing:PerceptualHash",
+    "fast_hash": "stages.hashing:FastHash",
     "clip_score": "stages.clip_score:ClipScore",
     "aesthetic": "stages.aesthetic:Aesthetic",
 }
@@ -93,7 +94,7 @@ class EngineOptions:
     """How a run is carried out; never part of what comes out. workers 0: one for each core."""
 
     workers: int = 0
-    transport_batch: int = 64
+    transport_batch: int = 16
 
 
 @dataclass(frozen=True)
