@@ -58,6 +58,8 @@ ANSWER_SCHEMA = pa.schema(
         ("keeper", pa.int64()),
         ("keeper_uid", pa.string()),
         ("distance", pa.float64()),
+        ("failed", pa.bool_()),
+        ("recorded", pa.int64()),
     ]
 )
 
@@ -90,9 +92,11 @@ class Steps(TypedDict):
 
 @dataclass
 class Answer:
-    """What a rule said about the rows that it rejected or could not judge; arrays and lists of the same length.
+    """What a rule said about the rows that it rejected or could not judge, and, if it records a number of each row,
+    about all it saw; arrays and lists of the same length.
 
-    row: position in the piece. keeper: id of the row kept instead, -1 for none; keeper_uid: None for none.
+    row: position in the piece. keeper: id of the row kept instead, -1 for none; keeper_uid: None for none. recorded: -1
+    for none.
     """
 
     row: np.ndarray
@@ -103,6 +107,8 @@ class Answer:
     keeper: np.ndarray
     keeper_uid: list[str | None]
     distance: np.ndarray
+    failed: np.ndarray
+    recorded: np.ndarray
 
     @classmethod
     def none(cls) -> Answer:
@@ -110,9 +116,8 @@ class Answer:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Answer:
-        numbers = {name: table[name].to_numpy() for name in ("row", "rejected", "value", "threshold", "keeper")}
         lists = {name: table[name].to_pylist() for name in ("reason", "keeper_uid")}
-        return cls(**numbers, **lists, distance=table["distance"].to_numpy())
+        return cls(**lists, **{name: table[name].to_numpy() for name in ANSWER_SCHEMA.names if name not in lists})
 
     def to_table(self) -> pa.Table:
         return pa.table({name: getattr(self, name) for name in ANSWER_SCHEMA.names}, schema=ANSWER_SCHEMA)
@@ -123,7 +128,7 @@ class Answer:
         failed = np.zeros(len(rows), bool)
         failed[list(found.failures)] = True
         failed &= ~found.rejected
-        told = np.flatnonzero(found.rejected | failed)
+        told = np.flatnonzero(found.rejected | failed if found.recorded is None else np.ones(len(rows), bool))
         keeper = found.keeper[told] if found.keeper is not None else np.full(len(told), -1)
         distance = found.distance[told] if found.distance is not None else np.full(len(told), np.nan)
         return cls(
@@ -135,12 +140,15 @@ class Answer:
             keeper=np.where(keeper >= 0, ids[keeper], -1) if len(ids) else keeper,
             keeper_uid=[uids[row] if row >= 0 else None for row in keeper.tolist()],
             distance=np.where(keeper >= 0, distance, np.nan),
+            failed=failed[told],
+            recorded=found.recorded[told] if found.recorded is not None else np.full(len(told), -1),
         )
 
 
 @dataclass
 class Judgement:
-    """Verdicts so far over the rows of one piece. keeper: id of the row kept instead, -1 for none."""
+    """Verdicts so far over the rows of one piece. keeper: id of the row kept instead, -1 for none. recorded: by
+    `<rule>.<name>`, what rules recorded of rows, -1 where nothing."""
 
     verdict: np.ndarray
     stage: list[str | None]
@@ -152,6 +160,7 @@ class Judgement:
     keeper: np.ndarray
     keeper_uid: list[str | None]
     distance: np.ndarray
+    recorded: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, count: int) -> Judgement:
@@ -186,6 +195,7 @@ class Judgement:
                 "keeper": pa.array(self.keeper),
                 "keeper_uid": pa.array(self.keeper_uid, pa.string()),
                 "distance": pa.array(self.distance, from_pandas=True),
+                **{name: pa.array(values, pa.int64()) for name, values in self.recorded.items()},
             }
         )
 
@@ -205,6 +215,7 @@ class Judgement:
             keeper=table["keeper"].to_numpy().copy(),
             keeper_uid=table["keeper_uid"].to_pylist(),
             distance=floats("distance"),
+            recorded={name: table[name].to_numpy().copy() for name in table.column_names if "." in name},
         )
 
     def fail_unmeasured(self, stage: str, errors: Sequence[str | None]) -> None:
@@ -218,10 +229,13 @@ class Judgement:
         """One rule's answer: the first rule to reject a row decides, the others are listed."""
         alive = self.alive
         source = rule.needs[0].partition(".")[0] if "." in rule.needs[0] else "read"
+        if rule.records:
+            recorded = self.recorded.setdefault(f"{name}.{rule.records.name}", np.full(len(alive), -1, np.int64))
+            recorded[answer.row] = answer.recorded
         for place, row in enumerate(answer.row.tolist()):
             if answer.rejected[place]:
                 self.failed_rules[row].append(name)
-            if not alive[row]:
+            if not alive[row] or not (answer.rejected[place] or answer.failed[place]):
                 continue
             self.rule[row], self.reason[row] = name, answer.reason[place]
             if not answer.rejected[place]:
@@ -352,7 +366,9 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
     array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
     known = np.asarray(array.is_valid())
     flat = array.drop_null().flatten().to_numpy(zero_copy_only=False)
-    width = len(flat) // int(known.sum()) if known.any() else 0
+    if not known.any():
+        return np.full((len(known), 0), np.nan, flat.dtype)
+    width = len(flat) // int(known.sum())
     if len(flat) != width * int(known.sum()):
         raise ValueError("a column of vectors holds vectors of several lengths")
     if known.all():

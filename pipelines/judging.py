@@ -37,7 +37,7 @@ from pipelines.judge import (
     gather_columns,
     roots_of,
 )
-from pipelines.measure import write_table
+from pipelines.measure import arrow_type, write_table
 from pipelines.recipe import HeldOut
 from pipelines.snapshot import open_snapshot
 from stages.contract import digest_of
@@ -431,7 +431,10 @@ class JudgeWorker:
         state = barriers.read_batch(self.store, f"{task['base']}/state-{task['piece']:06d}.arrow", 0)
         split, from_parents = self._split(task, state)
         table = state.drop_columns(["keeper", "image_id"]).append_column("split", pa.array(split, pa.string()))
+        recorded = self._recorded(state)
         table = table.select(VERDICT_SCHEMA.names).cast(VERDICT_SCHEMA)
+        for name, column in recorded.items():
+            table = table.append_column(name, column)
         digests, kept, first = [], [], 0
         for shard, path in zip(task["shards"], task["paths"], strict=True):
             part = table.slice(first, self._rows_in(shard))
@@ -442,6 +445,16 @@ class JudgeWorker:
         sides = zip(split, state["verdict"].to_pylist(), strict=True)
         held_out = sum(side == "held_out" and verdict == "kept" for side, verdict in sides)
         return {"digests": digests, "kept": kept, "held_out": held_out, "inherited": from_parents}
+
+    def _recorded(self, state: pa.Table) -> dict[str, pa.Array]:
+        """What rules record of a piece's rows, by `<rule>.<name>`; null where a rule did not see a row."""
+        found = {}
+        for name, rule in self.rules:
+            if rule.records:
+                column = f"{name}.{rule.records.name}"
+                seen = state[column].to_numpy() if column in state.column_names else np.full(state.num_rows, -1)
+                found[column] = pa.array(seen, arrow_type(rule.records.type), mask=seen < 0)
+        return found
 
     def _split(self, task: dict[str, Any], state: pa.Table) -> tuple[list[str | None], int]:
         """The side of each row of a piece, and how many kept rows have theirs from a parent."""

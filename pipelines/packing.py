@@ -22,7 +22,7 @@ import pyarrow.types as pat
 from cluster.storage import Folder
 from pipelines.measure import arrow_type, write_table
 from pipelines.readers import InputShard, read
-from stages.contract import digest_of
+from stages.contract import Column, digest_of
 
 PACKING_VERSION = 1
 
@@ -49,12 +49,16 @@ def output_key(group: int, position: int) -> str:
 
 
 class PackWorker:
-    """Packs one group of input shards a task. Config: store, columns, clip (the stage with scores, or null)."""
+    """Packs one group of input shards a task.
+
+    Config: store, columns, clip (the stage with scores, or null), guards (rules whose dropped rows leave no features).
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.store = Folder(config["store"])
         self.columns: list[dict[str, Any]] = config["columns"]
         self.clip: str | None = config["clip"]
+        self.guards = frozenset(config.get("guards", ()))
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Make what is missing of the group's files; returns their logical digests, counts and places."""
@@ -121,8 +125,16 @@ class PackWorker:
         return pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
 
     def _features(self, table: pa.Table) -> pa.Table:
+        """Feature columns of every row; null where a rule that guards has dropped the row: nothing of it is cached."""
         names = [column["name"] for column in self.columns if column["feature"]]
-        return table.select(["uid", "shard", "index", *names]).combine_chunks()
+        features = table.select(["uid", "shard", "index", *names]).combine_chunks()
+        if self.guards:
+            failed = table["failed_rules"].to_pylist()
+            held = [row if self.guards.isdisjoint(rules) else None for row, rules in enumerate(failed)]
+            for name in names:
+                place = features.column_names.index(name)
+                features = features.set_column(place, name, features[name].take(pa.array(held, pa.int64())))
+        return features
 
     def _commit(self, kind: str, table: pa.Table) -> dict[str, Any]:
         digest = logical_digest(table)
@@ -255,31 +267,28 @@ def _digest_array(total: Any, column: pa.Array) -> None:
             total.update(len(data).to_bytes(8, "little") + data)
 
 
-def ledger_columns(stages: Sequence[tuple[str, Any]], model_digests: dict[str, str]) -> list[dict[str, Any]]:
-    """The manifest's description of every measured column: `<stage>.<name>`, type, unit, scale, model."""
+def ledger_columns(
+    stages: Sequence[tuple[str, Any]], model_digests: dict[str, str], rules: Sequence[tuple[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """The manifest's description of every column measured by a stage or recorded by a rule: `<stage>.<name>`, type,
+    unit, scale, model."""
     described = []
     for name, stage in stages:
-        for column in stage.adds:
-            described.append(
-                {
-                    "name": f"{name}.{column.name}",
-                    "type": str(arrow_type(column.type)),
-                    "unit": column.unit,
-                    "scale": column.scale,
-                    "stage": name,
-                    "model_digest": model_digests.get(name),
-                    "feature": column.feature,
-                }
-            )
-        described.append(
-            {
-                "name": f"{name}.error",
-                "type": "string",
-                "unit": "",
-                "scale": "",
-                "stage": name,
-                "model_digest": None,
-                "feature": False,
-            }
-        )
+        described += [_described(name, column, model_digests.get(name)) for column in stage.adds]
+        described.append(_described(name, Column("error", "string"), None))
+    for name, rule in rules:
+        if rule.records:
+            described.append(_described(name, rule.records, None))
     return described
+
+
+def _described(name: str, column: Column, model_digest: str | None) -> dict[str, Any]:
+    return {
+        "name": f"{name}.{column.name}",
+        "type": str(arrow_type(column.type)),
+        "unit": column.unit,
+        "scale": column.scale,
+        "stage": name,
+        "model_digest": model_digest,
+        "feature": column.feature,
+    }

@@ -88,11 +88,14 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
     rule_names = list(recipe.rules)
     added: dict[str, str] = {}
     rules_before: dict[str, int] = {}
+    guarded = _guarded(recipe)
     for name, stage in recipe.stages.items():
         for rule in stage.after:
             if rule not in recipe.rules:
                 raise RecipeError(f"stages.{name}.after names the rule {rule!r}{_nearest(rule, rule_names)}")
         rules_before[name] = max((rule_names.index(rule) + 1 for rule in stage.after), default=0)
+        if name in guarded:
+            rules_before[name] = max(rules_before[name], guarded[name])
         for need in stage.needs:
             if need not in READER_COLUMNS and need not in added:
                 raise RecipeError(f"stages.{name} needs the column {need!r}, {_who_adds(need, recipe, added)}")
@@ -115,6 +118,24 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
                     f"move rules.{name} below it"
                 )
     return rules_before
+
+
+def _guarded(recipe: Recipe) -> dict[str, int]:
+    """How many rules come before each costly stage for the sake of rules that guard, whether it names them or not.
+
+    Costly are models and what needs a column of theirs. A stage that a guard itself needs is not held back by it.
+    """
+    guards = [place for place, rule in enumerate(recipe.rules.values()) if rule.guards]
+    if not guards:
+        return {}
+    rules = list(recipe.rules.values())
+    needed = {need.partition(".")[0] for place in guards for need in rules[place].needs}
+    held: dict[str, int] = {}
+    for name, stage in recipe.stages.items():
+        upstream = {need.partition(".")[0] for need in stage.needs if "." in need}
+        if (stage.compute_batch or upstream & held.keys()) and name not in needed:
+            held[name] = guards[-1] + 1
+    return held
 
 
 def _who_adds(need: str, recipe: Recipe, added: Mapping[str, str]) -> str:

@@ -244,7 +244,7 @@ def _finish(
         "numerics": plan.numerics,
         "cuts": judged["cuts"],
         "held_out": judged["held_out"],
-        "columns": ledger_columns(list(plan.recipe.stages.items()), {n: m["digest"] for n, m in plan.models.items()}),
+        "columns": _columns(plan),
         "inputs": [
             {"digest": digest, "rows": rows, "kept": kept}
             for digest, rows, kept in zip(plan.digests, judged["rows"], judged["kept"], strict=True)
@@ -271,6 +271,11 @@ def _finish(
         write_report(snapshot)
     _produced(run, snapshot, plan, options)
     return snapshot
+
+
+def _columns(plan: Plan) -> list[dict[str, Any]]:
+    digests = {name: model["digest"] for name, model in plan.models.items()}
+    return ledger_columns(list(plan.recipe.stages.items()), digests, list(plan.recipe.rules.items()))
 
 
 def _judge(plan: Plan, measured: Measured, store: Folder, engine: Engine, options: Options) -> dict[str, Any]:
@@ -322,8 +327,9 @@ def _pack(
     clip = next((name for name, stage in plan.recipe.stages.items() if stage.type == "clip_score"), None)
     config = {
         "store": store.url,
-        "columns": ledger_columns(list(plan.recipe.stages.items()), {n: m["digest"] for n, m in plan.models.items()}),
+        "columns": _columns(plan),
         "clip": clip,
+        "guards": [name for name, rule in plan.recipe.rules.items() if rule.guards],
     }
     tasks, records = [], []
     for group, first in enumerate(range(0, len(plan.shards), run)):
@@ -343,7 +349,7 @@ def _pack(
             [item["digest"], list(item["units"].items()), judged["digests"][place]]
             for item, place in zip(described, places, strict=True)
         ]
-        key = digest_of("pack", PACKING_VERSION, group, config["columns"], clip, identity)
+        key = digest_of("pack", PACKING_VERSION, group, config["columns"], clip, config["guards"], identity)
         records.append(f"units/packed/{key}.json")
         tasks.append({"group": group, "shards": described})
     todo = [(task, record) for task, record in zip(tasks, records, strict=True) if not store.exists(record)]
