@@ -354,11 +354,19 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
     if pat.is_fixed_size_binary(kind):
         filled = pc.fill_null(column, bytes(kind.byte_width)) if column.null_count else column
         return np.frombuffer(b"".join(filled.to_pylist()), np.uint8).reshape(len(column), kind.byte_width)
-    if (pat.is_list(kind) or pat.is_fixed_size_list(kind)) and pat.is_floating(kind.value_type):
+    if _is_vector(column):
         return _matrix(column)
     values = np.empty(len(column), dtype=object)
     values[:] = column.to_pylist()
     return values
+
+
+def _is_vector(column: pa.ChunkedArray) -> bool:
+    """Whether a column holds vectors of floats; lists of several lengths are none."""
+    kind = column.type
+    if not (pat.is_list(kind) or pat.is_fixed_size_list(kind)) or not pat.is_floating(kind.value_type):
+        return False
+    return len(pc.unique(pc.list_value_length(column.drop_null()))) <= 1
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:

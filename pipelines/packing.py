@@ -51,13 +51,15 @@ def output_key(group: int, position: int) -> str:
 class PackWorker:
     """Packs one group of input shards a task.
 
-    Config: store, columns, clip (the stage with scores, or null), guards (rules whose dropped rows leave no features).
+    Config: store, columns, clip and caption_scores (the stages with scores of captions and of alternatives, or null),
+    guards (rules whose dropped rows leave no features).
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.store = Folder(config["store"])
         self.columns: list[dict[str, Any]] = config["columns"]
         self.clip: str | None = config["clip"]
+        self.caption_scores: str | None = config.get("caption_scores")
         self.guards = frozenset(config.get("guards", ()))
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +107,13 @@ class PackWorker:
         scored = self.clip is not None
         scores = table[f"{self.clip}.score"].to_pylist() if scored else [None] * table.num_rows
         tokens = table[f"{self.clip}.text_tokens"].to_pylist() if scored else [None] * table.num_rows
+        alternatives = self._alternative_scores(table)
         for place, row in enumerate(table.select(list(names)).to_pylist()):
             original = (
                 [(row["caption"], "original", tokens[place], scores[place])] if row["caption"] is not None else []
             )
-            others = [(text, "alternative", None, None) for text in row["alternatives"] or []]
+            more = row["alternatives"] or []
+            others = [(text, "alternative", *known) for text, known in zip(more, alternatives[place], strict=True)]
             for ordinal, (text, source, token_count, score) in enumerate([*original, *others]):
                 rows.append(
                     {
@@ -123,6 +127,18 @@ class PackWorker:
                     }
                 )
         return pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
+
+    def _alternative_scores(self, table: pa.Table) -> list[list[tuple[int | None, float | None]]]:
+        """(tokens, CLIP score) of every alternative caption of every row; None where a caption was not scored."""
+        counts = [len(more or []) for more in table["alternatives"].to_pylist()]
+        if self.caption_scores is None:
+            return [[(None, None)] * count for count in counts]
+        tokens = table[f"{self.caption_scores}.text_tokens"].to_pylist()
+        scores = table[f"{self.caption_scores}.scores"].to_pylist()
+        return [
+            list(zip(mine, score, strict=True)) if score is not None else [(None, None)] * count
+            for count, mine, score in zip(counts, tokens, scores, strict=True)
+        ]
 
     def _features(self, table: pa.Table) -> pa.Table:
         """Feature columns of every row; null where a rule that guards has dropped the row: nothing of it is cached."""
@@ -274,12 +290,21 @@ def ledger_columns(
     unit, scale, model."""
     described = []
     for name, stage in stages:
-        described += [_described(name, column, model_digests.get(name)) for column in stage.adds]
+        described += [
+            {**_described(name, column, model_digests.get(name)), **_model_named(stage)} for column in stage.adds
+        ]
         described.append(_described(name, Column("error", "string"), None))
     for name, rule in rules:
         if rule.records:
             described.append(_described(name, rule.records, None))
     return described
+
+
+def _model_named(stage: Any) -> dict[str, str]:
+    """The model behind a stage's numbers, as its recipe names it: a score says nothing without it."""
+    options = stage.options()
+    named = {"model": options.get("model", options.get("head")), "pretrained": options.get("pretrained")}
+    return {name: value for name, value in named.items() if value}
 
 
 def _described(name: str, column: Column, model_digest: str | None) -> dict[str, Any]:

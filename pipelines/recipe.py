@@ -37,6 +37,8 @@ STAGE_TYPES = {
     "perceptual_hash": "stages.hashing:PerceptualHash",
     "fast_hash": "stages.hashing:FastHash",
     "clip_score": "stages.clip_score:ClipScore",
+    "caption_scores": "stages.caption_scores:CaptionScores",
+    "caption_probe": "stages.caption_scores:CaptionProbe",
     "aesthetic": "stages.aesthetic:Aesthetic",
     "safety": "stages.safety:Safety",
     "nudenet": "stages.safety:NudeNet",

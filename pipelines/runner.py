@@ -324,11 +324,14 @@ def _pack(
     plan: Plan, measured: Measured, judged: Mapping[str, Any], store: Folder, engine: Engine, options: Options
 ) -> list[dict[str, Any]]:
     run = plan.recipe.pack.input_shards
-    clip = next((name for name, stage in plan.recipe.stages.items() if stage.type == "clip_score"), None)
+    def stage_of(kind: str) -> str | None:
+        return next((name for name, stage in plan.recipe.stages.items() if stage.type == kind), None)
+
     config = {
         "store": store.url,
         "columns": _columns(plan),
-        "clip": clip,
+        "clip": stage_of("clip_score"),
+        "caption_scores": stage_of("caption_scores"),
         "guards": [name for name, rule in plan.recipe.rules.items() if rule.guards],
     }
     tasks, records = [], []
@@ -349,7 +352,7 @@ def _pack(
             [item["digest"], list(item["units"].items()), judged["digests"][place]]
             for item, place in zip(described, places, strict=True)
         ]
-        key = digest_of("pack", PACKING_VERSION, group, config["columns"], clip, config["guards"], identity)
+        key = digest_of("pack", PACKING_VERSION, group, config["columns"], config["clip"], config["guards"], identity)
         records.append(f"units/packed/{key}.json")
         tasks.append({"group": group, "shards": described})
     todo = [(task, record) for task, record in zip(tasks, records, strict=True) if not store.exists(record)]

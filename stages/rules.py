@@ -52,8 +52,8 @@ class Rule:
     """Base of every rule. Fields are its options in a recipe.
 
     barrier: it sees all rows alive at its step together. guards: rows it drops are looked at by no costly stage and
-    shown in no report (known-bad pictures, opt-outs). records: the column of whole numbers that it leaves in the ledger,
-    as `<rule>.<name>`.
+    shown in no report (known-bad pictures, opt-outs). records: the column of whole numbers that it leaves in the
+    ledger, as `<rule>.<name>`.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}

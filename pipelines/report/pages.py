@@ -24,7 +24,7 @@ from markupsafe import Markup
 from pipelines.lineage.ledger import VERDICTS, Ledger, open_ledger
 from pipelines.lineage.record import code_version
 from pipelines.lineage.tree import Node, duration, printable
-from pipelines.report import facts, groups, plots
+from pipelines.report import facts, groups, plots, telling
 from pipelines.report.pictures import Images, SnapshotImages, Thumbnail, row_thumbnail
 from pipelines.report.runs import (
     Grid,
@@ -92,6 +92,7 @@ class SnapshotBody:
     distributions: Sequence[Mapping[str, Any]]
     rules: Sequence[Mapping[str, Any]]
     groupings: Sequence[Mapping[str, Any]]
+    telling: Sequence[telling.Telling]
     failures: Sequence[Mapping[str, Any]]
     failure_kinds: int
     captions: Sequence[Mapping[str, Any]]
@@ -114,10 +115,12 @@ class SnapshotBody:
     @property
     def sections(self) -> list[tuple[str, str]]:
         names = [("funnel", "Funnel"), ("measured", "Measured"), ("rules", "Examples"), ("groups", "Groups")]
+        names.append(("telling", "CLIP"))
         names.append(("failures", "Failures"))
         names += [("captions", "Captions"), ("split", "Held out"), ("lineage", "Lineage"), ("provenance", "Provenance")]
         absent = {"measured": not self.distributions, "captions": not self.captions, "lineage": not self.lineage}
         absent["groups"] = not self.groupings
+        absent["telling"] = not self.telling
         return [(self.prefix + anchor, name) for anchor, name in names if not absent.get(anchor)]
 
 
@@ -415,6 +418,7 @@ def _snapshot_body(ledger: Ledger, images: Images, lineage: Node | None) -> Snap
         funnel_lines=_funnel_lines(funnel),
         distributions=distributions,
         rules=rules,
+        telling=telling.telling_apart(ledger),
         groupings=[groups.drawn(one, _cut) for one in groups.groupings(ledger)],
         failures=[
             {**one, "reason": _cut(one["reason"]), "keys": [_cut(key) for key in one["keys"] or ()]} for one in failures
