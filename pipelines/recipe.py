@@ -39,6 +39,7 @@ STAGE_TYPES = {
     "clip_score": "stages.clip_score:ClipScore",
     "caption_scores": "stages.caption_scores:CaptionScores",
     "caption_probe": "stages.caption_scores:CaptionProbe",
+    "vqa": "stages.vqa:Vqa",
     "aesthetic": "stages.aesthetic:Aesthetic",
     "safety": "stages.safety:Safety",
     "nudenet": "stages.safety:NudeNet",

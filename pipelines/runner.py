@@ -29,6 +29,7 @@ from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
 from pipelines.readers import InputShard, discover, shard_digest
 from pipelines.recipe import Recipe, RecipeError
+from pipelines.scales import scale_warnings
 from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
 from stages.contract import Context, digest_of
 
@@ -89,6 +90,9 @@ def curate(recipe: Recipe, options: Options) -> Snapshot:
     store = Folder(options.output)
     with lease(store, options.command or "sluice curate"), open_engine(options.engine, options.workers) as engine:
         plan = plan_run(recipe, options, store, engine)
+        if not options.quiet:
+            for warning in scale_warnings(plan, store):
+                say(f"  warning: {warning}")
         with _recorded("curate", plan, store, options) as run:
             measured = measure(plan, store, engine, options)
             return _finish(plan, measured, store, engine, options, started, run)
@@ -492,6 +496,7 @@ def describe_plan(plan: Plan, store: Folder) -> str:
         lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")
     groups = -(-len(plan.shards) // plan.recipe.pack.input_shards)
     lines.append(f"pack      {groups:,} output shards at most, {plan.recipe.pack.input_shards} input shards each")
+    lines += [f"warning   {warning}" for warning in scale_warnings(plan, store)]
     return "\n".join(lines)
 
 

@@ -116,6 +116,14 @@ class ClipScore(Stage):
     def open(self, context: Context) -> Measure:
         return _Scorer(self, context)
 
+    def is_b32(self, context: Context) -> bool:
+        """Whether scores are on ViT-B/32's scale, by the architecture; False where the model cannot be found."""
+        try:
+            vision = _model_config(self._source(context))["vision_cfg"]
+            return (vision["patch_size"], vision["width"], vision["layers"]) == (32, 768, 12)
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
+            return False
+
     def _source(self, context: Context) -> str | Path:
         """The name of a model that open_clip knows, or the folder that `model` means."""
         name = self.model.replace("/", "-")
