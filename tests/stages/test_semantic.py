@@ -104,14 +104,15 @@ def test_held_rows_are_keepers_whatever_their_size():
     assert answer.keeper[0] in (1, 2)
 
 
-def test_clusters_are_chosen_by_rows_and_the_sample_is_that_of_the_whole():
+def test_clusters_are_chosen_by_rows_and_the_sample_is_that_of_the_whole(monkeypatch):
     rule = SemanticDuplicates()
-    assert [rule.cluster_count(rows) for rows in (10, 4096, 1_000_000)] == [1, 1, 1000]
+    assert [rule.cluster_count(rows) for rows in (10, 16384, 1_000_000)] == [1, 1, 1000]
+    monkeypatch.setattr(semantic, "SAMPLE_PER_CLUSTER", 64)
     rng = np.random.default_rng(0)
     table = make_table(rng.standard_normal((500, 8)), uids=[f"{uid:032x}" for uid in rng.permutation(500)])
     rule = SemanticDuplicates(clusters=2)
     whole = set(table["uid"][rule.sample(table, 500)])
-    assert len(whole) == 2 * semantic.SAMPLE_PER_CLUSTER
+    assert len(whole) == 2 * 64
     halves = [{name: column[part] for name, column in table.items()} for part in (slice(0, 250), slice(250, 500))]
     parts = [set(half["uid"][rule.sample(half, 500)]) for half in halves]
     assert whole <= parts[0] | parts[1]
