@@ -25,7 +25,7 @@ from stages.dedupe import greedy_keepers, held_rows
 from stages.rules import Guide, Rule, Table, Verdicts, occurrence_order
 
 EXACT_ROWS = 16384
-SAMPLE_PER_CLUSTER = 256  # with a quarter of it, twice as many copies part from their originals (docs/log.md)
+SAMPLE_PER_CLUSTER = 256  # with 64 twice as many copies part from their originals (docs/log.md)
 ITERATIONS = 10
 TILE = 2048  # rows compared with each other at once: 16 MB of cosines
 # Single-precision products of unit vectors are this right; what is closer to a bound is computed again.

@@ -37,7 +37,8 @@ class Killer(threading.Thread):
         for child in psutil.Process().children(recursive=True):
             try:
                 title = " ".join(child.cmdline())
-                if title.startswith("ray::") and "IDLE" not in title:
+                # The actors of the run itself: Ray does not outlive the loss of its own agents.
+                if title.startswith("ray::") and "MapBatches" in title:
                     child.kill()
                     self.killed += 1
                     return True
@@ -49,7 +50,7 @@ class Killer(threading.Thread):
 @pytest.mark.parametrize(
     "moments",
     [
-        [("units/hash*", 0), ("units/decode-*/*.parquet", 3)],
+        [("units/decode-*/*.parquet", 1), ("units/decode-*/*.parquet", 4)],
         pytest.param([("units/judge/*/home-*.json", 1), ("units/judge/*/solve-*.json", 1)], marks=pytest.mark.full),
     ],
     ids=["measuring", "judging"],
