@@ -133,7 +133,7 @@ def main() -> None:
     seed = int(options.seed) if options.seed else random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
     print(machine("ray"), f"seed {seed}", flush=True)
-    scenes, moments = (250, 3) if options.quick else (2500, 20)
+    scenes, moments = (250, 3) if options.quick else (1000, 20)
     with tempfile.TemporaryDirectory(prefix="sl-") as name:
         folder = Path(name)
         make_world(folder / "world", scenes=scenes, seed=0, shard_size=50)
