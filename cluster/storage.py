@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -57,6 +58,10 @@ class FileEntry:
     size_bytes: int
     mtime_ns: int
 
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
 
 class Folder:
     """A folder on some filesystem. Paths given to its methods are relative to it and use "/"."""
@@ -86,13 +91,25 @@ class Folder:
 
     def files(self, path: str = "", pattern: str = "*", recursive: bool = True) -> list[FileEntry]:
         """Files below `path` whose name matches `pattern`, in natural order; none where there is no such folder."""
-        selector = pafs.FileSelector(self.at(path), recursive=recursive, allow_not_found=True)
-        found = [
-            FileEntry(info.path[len(self.root) :].lstrip("/"), info.size, info.mtime_ns or 0)
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.File and fnmatch.fnmatch(info.base_name, pattern)
-        ]
+        found = [entry for entry in self._entries(path, recursive) if fnmatch.fnmatch(entry.name, pattern)]
         return sorted(found, key=lambda entry: natural_key(entry.path))
+
+    def _entries(self, path: str, recursive: bool) -> Iterator[FileEntry]:
+        if self.is_local:
+            # Links to folders are not followed: they may lead round in a circle, or out.
+            for where, folders, names in os.walk(self.at(path)):
+                folders[:] = folders if recursive else []
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        info = os.stat(f"{where}/{name}")
+                        if stat.S_ISREG(info.st_mode):
+                            relative = os.path.relpath(f"{where}/{name}", self.root)
+                            yield FileEntry(relative, info.st_size, info.st_mtime_ns)
+            return
+        selector = pafs.FileSelector(self.at(path), recursive=recursive, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                yield FileEntry(info.path[len(self.root) :].lstrip("/"), info.size, info.mtime_ns or 0)
 
     def open(self, path: str) -> pa.NativeFile:
         """A seekable stream over a file. Raises FileNotFoundError."""

@@ -41,7 +41,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 @app.command(epilog="Example: `sluice curate configs/dedupe.yaml --input 'data/{00000..00003}.tar' --output curated`")
 def curate(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML (sluice init writes one).")],
-    input_url: Annotated[str | None, typer.Option("--input", help="Raw data: file, folder or pattern.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="Raw data: file, folder or pattern. Repeatable.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", help="Where snapshots go (folder or URL).")] = None,
     sets: Sets = None,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Try the recipe on this many rows.")] = 0,
@@ -63,10 +65,7 @@ def curate(
     from pipelines import runner
     from pipelines.recipe import load_recipe
 
-    overrides = list(sets or [])
-    if input_url is not None:
-        overrides.append(f"input.url={_yaml_text(input_url)}")
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, sets or [], inputs or [])
     options = runner.Options(
         output=output or loaded.output or f"curated/{recipe.stem}",
         engine="local" if local else "ray",
@@ -153,11 +152,6 @@ def init(
     output.write_text(text)
     typer.echo(summary)
     typer.echo(f"\nwrote {output}\ntry it:  sluice curate {output} --limit 200 --output trial")
-
-
-def _yaml_text(text: str) -> str:
-    """A string as YAML reads it back unchanged (patterns hold braces)."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _environment_models() -> tuple[str, ...]:
