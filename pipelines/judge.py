@@ -71,6 +71,7 @@ class JudgedShard:
     digest: str
     rows: str
     units: Mapping[str, str]
+    dataset: str = ""
 
 
 class NotMeasuredError(ValueError):
@@ -414,7 +415,7 @@ def gather_columns(
     store: Folder, shards: Sequence[JudgedShard], rules: Mapping[str, Rule], stages: Sequence[str]
 ) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str | None]], list[int]]:
     """The small columns that `rules` need, of these shards; the errors of `stages`; and each shard's row count."""
-    wanted = {name for rule in rules.values() for name in rule.needs if name not in ("image", "shard")}
+    wanted = {name for rule in rules.values() for name in rule.needs if name not in ("image", "shard", "dataset")}
     reader = sorted({"uid", "image_id", "index", "error"} | {name for name in wanted if name in READER_COLUMNS})
     parts: dict[str, list[pa.ChunkedArray]] = {}
     errors: dict[str, list[str | None]] = {"read": [], **{stage: [] for stage in stages}}
@@ -424,7 +425,9 @@ def gather_columns(
         counts.append(rows.num_rows)
         for name in reader:
             parts.setdefault(name, []).append(rows[name])
-        parts.setdefault("shard", []).append(pa.chunked_array([pa.array([shard.digest] * rows.num_rows, pa.string())]))
+        for name, value in (("shard", shard.digest), ("dataset", shard.dataset or None)):
+            constant = pa.array([value] * rows.num_rows, pa.string())
+            parts.setdefault(name, []).append(pa.chunked_array([constant]))
         errors["read"].extend(rows["error"].to_pylist())
         for stage in stages:
             mine = sorted(name for name in wanted if name.partition(".")[0] == stage)

@@ -76,7 +76,7 @@ class Case:
             JUDGE_VERSION,
             position,
             [[name, rule.type, rule.version, rule.options()] for name, rule in rules],
-            [[shard.digest, [shard.units[stage] for stage in counted]] for shard in self.shards],
+            [[shard.digest, shard.dataset, [shard.units[stage] for stage in counted]] for shard in self.shards],
             list(self.held),
         )
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,11 +23,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.engine import chunked
 from cluster.storage import Folder
 from pipelines.readers import InputShard, Sample, read
 from stages.contract import Batch, Column, Columns, Context, LazyImage, Measure, PreparedMeasure, Stage
-from stages.decode import EncodedImage, sniff
+from stages.decode import EncodedImage, PixelBudget, sniff
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -42,6 +42,7 @@ ROWS_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("size_bytes", pa.int64()),
         ("ext", pa.string()),
+        ("metadata", pa.string()),
         ("error", pa.string()),
     ]
 )
@@ -49,6 +50,8 @@ ROWS_SCHEMA = pa.schema(
 BATCHES_AHEAD = 2
 # Threads that make rows ready for a model on an accelerator; beside a model on the CPU there is one.
 MOST_PREPARING_THREADS = 8
+# Encoded bytes that one portion of samples may hold, whatever the transport batch.
+TRANSPORT_BYTES = 64 << 20
 # Reader columns that stages and rules may name without a stage before them.
 READER_COLUMNS = (*ROWS_SCHEMA.names, "shard", "image")
 
@@ -180,12 +183,13 @@ class MeasureWorker:
         described: list[dict[str, Any]] = []
         index = 0
         pending: dict[int, tuple[dict[str, Any], EncodedImage]] = {}
-        for samples in chunked(read(shard), self.transport_batch):
+        for samples in _portions(read(shard), self.transport_batch):
+            budget = PixelBudget()
             for sample in samples:
                 row = _describe(sample, index)
                 if rows is None:
                     described.append(row)
-                pending[index] = (row, EncodedImage(sample.data, sample.error))
+                pending[index] = (row, EncodedImage(sample.data, sample.error or sample.absent, budget=budget))
                 index += 1
             for part in gathered:
                 self._take(part, pending, range(index - len(samples), index), gates, task["digest"])
@@ -272,13 +276,33 @@ class MeasureWorker:
             part.under_way.append((chosen, self.computing.submit(_compute, measure, ready)))
             self._collect(part, BATCHES_AHEAD)
         else:
-            _keep(part, chosen, measure(batch))
+            _keep(part, chosen, self._measured(part.job, batch))
 
     def _collect(self, part: _Gathered, ahead: int = 0) -> None:
         """Wait for a stage's oldest batches until only `ahead` are under way."""
         while len(part.under_way) > ahead:
             chosen, answer = part.under_way.popleft()
             _keep(part, chosen, answer.result())
+
+    def _measured(self, job: StageJob, batch: Batch) -> Columns:
+        """The stage's answer; where a row breaks the stage itself, that row has an error and its neighbours do not."""
+        measure = self.measure_of(job)
+        if job.stage.compute_batch:
+            return measure(batch)
+        try:
+            return measure(batch)
+        except Exception as problem:
+            if len(batch) == 1:
+                reason = f"{job.name} breaks on it: {type(problem).__name__}"
+                return Columns({column.name: [None] for column in job.columns}, [reason])
+        rows = [
+            self._measured(job, Batch({name: [values[row]] for name, values in batch.columns.items()}, [image]))
+            for row, image in enumerate(batch.images)
+        ]
+        return Columns(
+            {column.name: [answer.values[column.name][0] for answer in rows] for column in job.columns},
+            [answer.errors[0] if answer.errors else None for answer in rows],
+        )
 
     def _write(self, part: _Gathered, task: dict[str, Any]) -> None:
         arrays = {
@@ -287,6 +311,20 @@ class MeasureWorker:
         }
         arrays["error"] = pa.array(part.errors, pa.string())
         write_table(self.store, task["units"][part.job.name], pa.table(arrays))
+
+
+def _portions(samples: Iterable[Sample], most: int) -> Iterator[list[Sample]]:
+    """Lists of consecutive samples: `most` of them, or fewer where TRANSPORT_BYTES are reached."""
+    portion: list[Sample] = []
+    held = 0
+    for sample in samples:
+        portion.append(sample)
+        held += len(sample.data or b"")
+        if len(portion) == most or held >= TRANSPORT_BYTES:
+            yield portion
+            portion, held = [], 0
+    if portion:
+        yield portion
 
 
 def _gather(job: StageJob) -> _Gathered:
@@ -343,6 +381,7 @@ def _describe(sample: Sample, index: int) -> dict[str, Any]:
         "sha256": sha256,
         "size_bytes": len(data) if data is not None else 0,
         "ext": sniff(data) if data else None,
+        "metadata": json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False) if sample.metadata else None,
         # A sample without a picture is no failure as long as no stage asks for one: captions can be judged alone.
         "error": sample.error,
     }

@@ -24,10 +24,21 @@ from pipelines.measure import arrow_type, write_table
 from pipelines.readers import InputShard, read
 from stages.contract import Column, digest_of
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 
 # Columns of the ledger before those that stages measured.
-LEDGER_READER_COLUMNS = ("uid", "image_id", "shard", "index", "key", "member", "source_uid", "url", "size_bytes")
+LEDGER_READER_COLUMNS = (
+    "uid",
+    "image_id",
+    "dataset",
+    "shard",
+    "index",
+    "key",
+    "member",
+    "source_uid",
+    "url",
+    "size_bytes",
+)
 CAPTIONS_SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
@@ -84,7 +95,9 @@ class PackWorker:
     def _shard_table(self, shard: dict[str, Any]) -> pa.Table:
         """Rows, verdicts and every measured column of one input shard."""
         rows = pq.read_table(self.store.open(shard["rows"]))
-        table = rows.append_column("shard", pa.array([shard["digest"]] * rows.num_rows, pa.string()))
+        table = rows
+        for name, value in (("shard", shard["digest"]), ("dataset", shard["dataset"] or None)):
+            table = table.append_column(name, pa.array([value] * rows.num_rows, pa.string()))
         verdicts = pq.read_table(self.store.open(shard["verdicts"]))
         for name in verdicts.column_names:
             table = table.append_column(name, verdicts[name])

@@ -108,7 +108,7 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
         added.update({f"{name}.{column.name}": name for column in stage.adds})
     for position, (name, rule_) in enumerate(recipe.rules.items()):
         for need in rule_.needs:
-            if need not in READER_COLUMNS and need not in added:
+            if need not in (*READER_COLUMNS, "dataset") and need not in added:
                 raise RecipeError(f"rules.{name} needs the column {need!r}, {_who_adds(need, recipe, added)}")
             stage_name = need.partition(".")[0]
             if "." in need and rules_before[stage_name] > position:

@@ -27,7 +27,7 @@ from pipelines.measure import MeasureWorker, read_columns
 from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
-from pipelines.readers import InputShard, discover, shard_digest
+from pipelines.readers import InputShard, discover, names_images, shard_digest
 from pipelines.recipe import Recipe, RecipeError
 from pipelines.scales import scale_warnings
 from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
@@ -75,13 +75,18 @@ class FingerprintWorker:
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         shard = InputShard.from_json(task)
         digest = shard_digest(shard)
-        # A shard of which only the first rows are read is other input than the whole.
-        return {"key": fingerprint_key(shard), "digest": digest_of(digest, shard.limit) * 2 if shard.limit else digest}
+        return {
+            "key": fingerprint_key(shard),
+            # A shard of which only the first rows are read is other input than the whole.
+            "digest": digest_of(digest, shard.limit) * 2 if shard.limit else digest,
+            # Images in files of their own may change behind the back of the table that names them.
+            "remember": not names_images(shard),
+        }
 
 
 def fingerprint_key(shard: InputShard) -> str:
     """What a shard's digest is remembered under: any change of place, size or time means reading it again."""
-    return digest_of(asdict(shard))
+    return digest_of({**asdict(shard), "dataset": ""})
 
 
 def curate(recipe: Recipe, options: Options) -> Snapshot:
@@ -124,22 +129,31 @@ def fingerprint(shards: Sequence[InputShard], store: Folder, engine: Engine, opt
     known: dict[str, str] = store.read_json(FINGERPRINTS) if store.exists(FINGERPRINTS) else {}
     keys = [fingerprint_key(shard) for shard in shards]
     fresh = [shard for shard, key in zip(shards, keys, strict=True) if key not in known]
+    passing: dict[str, str] = {}
     if fresh:
         near = _near(engine, shards)
         with Progress("fingerprint input", len(fresh), quiet=options.quiet) as progress:
             for result in near.map(FingerprintWorker, {}, [shard.to_json() for shard in fresh]):
-                known[result["key"]] = result["digest"]
+                (known if result["remember"] else passing)[result["key"]] = result["digest"]
                 progress.advance()
         store.write_json(FINGERPRINTS, known)
-    digests = [known[key] for key in keys]
-    seen: dict[str, str] = {}
-    for shard, digest in zip(shards, digests, strict=True):
-        if digest in seen:
-            raise RecipeError(
-                f"input shards {seen[digest]} and {shard.name} hold the same bytes; leave one of them out"
-            )
-        seen[digest] = shard.name
-    return digests
+    return _told_apart([known.get(key) or passing[key] for key in keys], shards)
+
+
+def _told_apart(digests: Sequence[str], shards: Sequence[InputShard]) -> list[str]:
+    """The digests, those of a second file with the same bytes made another, since an occurrence is named by its
+    shard. Raises RecipeError where one file is given twice."""
+    seen: dict[str, list[InputShard]] = {}
+    for digest, shard in zip(digests, shards, strict=True):
+        if any((shard.address, shard.members) == (other.address, other.members) for other in seen.get(digest, ())):
+            raise RecipeError(f"input shard {shard.address} is given twice; leave one of them out")
+        seen.setdefault(digest, []).append(shard)
+    counts: dict[str, int] = {}
+    told = []
+    for digest in digests:
+        again = counts[digest] = counts.get(digest, -1) + 1
+        told.append(digest_of("the same bytes again", digest, again) * 2 if again else digest)
+    return told
 
 
 def _near(engine: Engine, shards: Sequence[InputShard]) -> Engine:
@@ -162,9 +176,14 @@ def measure(plan: Plan, store: Folder, engine: Engine, options: Options) -> Meas
             for job in part.jobs:
                 units[place][job.name] = plan.unit_path(job.name, digest, gate[place][1])
         _run_pass(plan, part, units, gate, store, engine, options)
-    return Measured(
-        [JudgedShard(digest, plan.rows_path(digest), mine) for digest, mine in zip(plan.digests, units, strict=True)]
-    )
+    return Measured(_judged_shards(plan, units))
+
+
+def _judged_shards(plan: Plan, units: Sequence[Mapping[str, str]]) -> list[JudgedShard]:
+    return [
+        JudgedShard(digest, plan.rows_path(digest), dict(mine), shard.dataset)
+        for shard, digest, mine in zip(plan.shards, plan.digests, units, strict=True)
+    ]
 
 
 def _judge_gate(
@@ -174,14 +193,11 @@ def _judge_gate(
     names = list(plan.recipe.rules)[:rules_before]
     rules = {name: plan.recipe.rules[name] for name in names}
     measured = [name for name in plan.recipe.stages if units and name in units[0]]
-    shards = [
-        JudgedShard(digest, plan.rows_path(digest), dict(mine))
-        for digest, mine in zip(plan.digests, units, strict=True)
-    ]
+    shards = _judged_shards(plan, units)
     key = digest_of(
         "gate",
         [[name, rule.type, rule.version, rule.options()] for name, rule in rules.items()],
-        [[shard.digest, sorted(shard.units.items())] for shard in shards],
+        [[shard.digest, shard.dataset, sorted(shard.units.items())] for shard in shards],
     )
     done, paths = f"units/gates/{key}.json", [f"units/gates/{key}-{place:06d}.parquet" for place in range(len(shards))]
     if not store.exists(done):
@@ -288,7 +304,7 @@ def _judge(plan: Plan, measured: Measured, store: Folder, engine: Engine, option
     key = digest_of(
         "judge",
         [[name, rule.type, rule.version, rule.options()] for name, rule in plan.recipe.rules.items()],
-        [[shard.digest, list(shard.units.items())] for shard in measured.shards],
+        [[shard.digest, shard.dataset, list(shard.units.items())] for shard in measured.shards],
         asdict(plan.recipe.held_out),
         sorted(parent.id for parent in parents),
     )
@@ -345,6 +361,7 @@ def _pack(
             {
                 "shard": plan.shards[place].to_json(),
                 "digest": plan.digests[place],
+                "dataset": plan.shards[place].dataset,
                 "rows": measured.shards[place].rows,
                 "units": dict(measured.shards[place].units),
                 "verdicts": judged["paths"][place],
@@ -353,7 +370,7 @@ def _pack(
             for place in places
         ]
         identity = [
-            [item["digest"], list(item["units"].items()), judged["digests"][place]]
+            [item["digest"], item["dataset"], list(item["units"].items()), judged["digests"][place]]
             for item, place in zip(described, places, strict=True)
         ]
         key = digest_of("pack", PACKING_VERSION, group, config["columns"], config["clip"], config["guards"], identity)
@@ -392,12 +409,7 @@ def select(source: Snapshot, recipe: Recipe, options: Options, measure_missing: 
                 measured = measure(plan, store, engine, options)
             else:
                 _check_units(store, provenance["units"])
-                measured = Measured(
-                    [
-                        JudgedShard(digest, plan.rows_path(digest), units)
-                        for digest, units in zip(digests, provenance["units"], strict=True)
-                    ]
-                )
+                measured = Measured(_judged_shards(plan, provenance["units"]))
             return _finish(plan, measured, store, engine, options, started, run)
 
 

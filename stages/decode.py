@@ -32,6 +32,7 @@ from stages.contract import Batch, Column, Columns, Context, LazyImage, Measure,
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 MAX_PIXELS = 100_000_000
+KEPT_PIXELS = 100_000_000
 # Least short side (px) of a reduced picture unless a model wants more: what most CLIPs see.
 REDUCED_SIDE = 224
 ORIENTATION = 0x0112  # the EXIF tag
@@ -60,24 +61,49 @@ def sniff(data: bytes) -> str | None:
     return "ppm" if re.match(rb"P[1-6]\s", data[:3]) else None
 
 
-class EncodedImage(LazyImage):
-    """Encoded bytes of one image. It decodes at most once in either way; `error` says why there is no picture."""
+class PixelBudget:
+    """How many pixels the pictures of one batch may keep decoded at once; the others are decoded when asked for."""
 
-    def __init__(self, data: bytes | None, error: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, pixels: int = KEPT_PIXELS) -> None:
+        self.left = pixels
+
+    def take(self, pixels: int) -> bool:
+        """Whether there is room for so many pixels, which is then taken."""
+        fits = pixels <= self.left
+        self.left -= pixels if fits else 0
+        return fits
+
+
+class EncodedImage(LazyImage):
+    """Encoded bytes of one image. It decodes at most once in either way, unless the picture is so large that `budget`
+    has no room for it; `error` says why there is no picture."""
+
+    def __init__(
+        self,
+        data: bytes | None,
+        error: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+        budget: PixelBudget | None = None,
+    ) -> None:
         self.data = data
         self.error = error or (None if data else "no image bytes")
         self.max_pixels = max_pixels
+        self.budget = budget or PixelBudget()
         self._picture: Image.Image | None = None
         self._header: Image.Image | None = None
         self._reduced: tuple[int, np.ndarray] | None = None
 
     def picture(self) -> Image.Image | None:
-        if self._picture is None and self.error is None:
-            try:
-                self._picture = open_picture(self.data or b"", self.max_pixels)
-            except ValueError as problem:
-                self.error = str(problem)
-        return self._picture
+        if self._picture is not None or self.error is not None:
+            return self._picture
+        try:
+            picture = open_picture(self.data or b"", self.max_pixels)
+        except ValueError as problem:
+            self.error = str(problem)
+            return None
+        if self.budget.take(picture.width * picture.height):
+            self._picture = picture
+        return picture
 
     def reduced(self, side: int) -> np.ndarray | None:
         held = self._reduced
@@ -91,7 +117,9 @@ class EncodedImage(LazyImage):
         except ValueError as problem:
             self.error = str(problem)
             return None
-        self._reduced = (side, pixels_YXC)
+        self._forget_reduced()
+        if self.budget.take(pixels_YXC.shape[0] * pixels_YXC.shape[1]):
+            self._reduced = (side, pixels_YXC)
         return pixels_YXC
 
     def header(self) -> Image.Image | None:
@@ -104,7 +132,15 @@ class EncodedImage(LazyImage):
 
     def release(self) -> None:
         """Forget the pixels (the bytes stay)."""
-        self._picture = self._header = self._reduced = None
+        if self._picture is not None:
+            self.budget.left += self._picture.width * self._picture.height
+        self._forget_reduced()
+        self._picture = self._header = None
+
+    def _forget_reduced(self) -> None:
+        if self._reduced is not None:
+            self.budget.left += self._reduced[1].shape[0] * self._reduced[1].shape[1]
+            self._reduced = None
 
 
 def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

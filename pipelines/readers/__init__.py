@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +36,7 @@ from pipelines.readers.tar import tar_members
 
 __all__ = ["READER_VERSION", "InputShard", "Sample", "discover", "names_images", "read", "shard_digest"]
 
-READER_VERSION = 2
+READER_VERSION = 3
 # A shard is held as rows by one worker: more samples than this in one file are not read.
 MAX_SHARD_SAMPLES = 500_000
 
@@ -91,7 +92,7 @@ def _folder_members(shard: InputShard) -> Iterator[Member]:
 def _with_sidecar(samples: Iterator[Sample], address: str) -> Iterator[Sample]:
     """Samples with what img2dataset's Parquet says about them, then a failed one for every row that has no image."""
     try:
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
         for row in itertools.islice(parquet_rows(address, _sidecar_columns(address)), MAX_SHARD_SAMPLES):
             rows[clean_name(str(row["key"]))] = row
     except (pa.ArrowException, OSError, ValueError) as problem:
@@ -100,9 +101,9 @@ def _with_sidecar(samples: Iterator[Sample], address: str) -> Iterator[Sample]:
         return
     for sample in samples:
         # Keys are names of files, in a folder below one for each shard.
-        row = rows.pop(sample.key, None) or rows.pop(PurePosixPath(sample.key).name, None)
-        if row is not None:
-            describe(sample, row)
+        key = sample.key if sample.key in rows else PurePosixPath(sample.key).name
+        if key in rows:
+            describe(sample, rows.pop(key))
         yield sample
     for key, row in rows.items():
         sample = Sample(key)

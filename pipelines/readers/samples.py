@@ -74,9 +74,9 @@ ALL_ALIASES = frozenset(
 
 @dataclass
 class Sample:
-    """One occurrence as it came in: encoded bytes, captions and ids; or an error that says why there is no image.
+    """One occurrence as it came in: encoded bytes, captions and ids; or an error that says what is wrong with it.
 
-    metadata: what the dataset says about the image, under the names of METADATA_ALIASES.
+    absent: why there is no image where that is no error: a row of a list can be judged by its caption alone. metadata: what the dataset says about the image, under the names of METADATA_ALIASES.
     """
 
     key: str
@@ -87,6 +87,7 @@ class Sample:
     url: str | None = None
     source_uid: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    absent: str | None = None
     error: str | None = None
 
 

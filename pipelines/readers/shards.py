@@ -97,11 +97,11 @@ def _discover_one(source: Input, dataset: str) -> list[InputShard]:
 
 
 def _expand_braces(url: str) -> list[str]:
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         return list(braceexpand(url))
-    except UnbalancedBracesError:
+    except ValueError:
         raise RecipeError(f"input {url!r} has a brace too many or too few") from None
 
 
@@ -131,15 +131,16 @@ def _expand(pattern: str, kind: str) -> list[InputShard]:
     packed = [entry for entry in entries if format_of(entry.path) in wanted and not _is_hidden(entry.path)]
     if not packed:
         return _folder_shards(folder, entries)
-    shards = []
+    shards: list[InputShard] = []
+    inside: dict[str, list[FileEntry]] = {}
+    for entry in entries:
+        inside.setdefault(entry.path.rpartition("/")[0], []).append(entry)
     for entry in packed:
         # img2dataset's "files" output: a folder of images and a Parquet of the same name beside it.
-        inside = f"{entry.path.rpartition('.')[0]}/"
-        beside = [other for other in entries if other.path.startswith(inside)] if entry.path.endswith(".parquet") else []
+        beside = inside.get(entry.path.removesuffix(".parquet"))
         if beside and kind == "auto":
-            found = _folder_shards(folder, beside)
-            shards.extend(replace(shard, sidecar=folder.address(entry.path)) for shard in found[:1])
-            shards.extend(found[1:])
+            (whole,) = _folder_shards(folder, beside, keys_each=len(beside))
+            shards.append(replace(whole, sidecar=folder.address(entry.path)))
         else:
             shards.append(_file_shard(folder, entry, kind))
     return shards
@@ -180,16 +181,18 @@ def _with_sidecars(shards: list[InputShard]) -> list[InputShard]:
     return paired
 
 
-def _folder_shards(folder: Folder, entries: Iterable[FileEntry]) -> list[InputShard]:
-    """A folder's files as runs of FOLDER_SHARD_IMAGES keys, so that a picture and its caption stay together."""
+def _folder_shards(
+    folder: Folder, entries: Iterable[FileEntry], keys_each: int = FOLDER_SHARD_IMAGES
+) -> list[InputShard]:
+    """A folder's files as runs of `keys_each` keys, so that a picture and its caption stay together."""
     groups: dict[str, list[FileEntry]] = {}
     for entry in entries:
         if not PurePosixPath(entry.path).name.startswith("."):
             groups.setdefault(group_key(entry.path), []).append(entry)
     keys = sorted(groups, key=natural_key)
     shards = []
-    for number, first in enumerate(range(0, len(keys), FOLDER_SHARD_IMAGES)):
-        chosen = [entry for key in keys[first : first + FOLDER_SHARD_IMAGES] for entry in groups[key]]
+    for number, first in enumerate(range(0, len(keys), keys_each)):
+        chosen = [entry for key in keys[first : first + keys_each] for entry in groups[key]]
         shards.append(
             InputShard(
                 name=f"{PurePosixPath(folder.url).name}#{number:05d}",

@@ -1,8 +1,9 @@
 """Tables in: Parquet, CSV and TSV, with image bytes in a column, or with paths or URLs of images.
 
-A column of bytes is looked for first (also in a struct that has `bytes`), then one of paths, then one of URLs.
-Addresses are hostile: an image is only read where it lies below one of the folders that `input.images` names (the
-table's own by default), links resolved. http(s) is refused: nothing is downloaded here.
+A column of bytes is looked for first (also in a struct that has `bytes`), then one of paths, then one of URLs; a table
+of captions alone is read as well. Addresses are hostile: an image is only read where it lies below one of the folders
+that `input.images` names (the table's own by default), links resolved. Nothing is downloaded: a row with a web address
+has a caption and no image.
 
 Parquet is read a few rows at a time, and a row group that would unpack to many times its size is refused.
 """
@@ -13,6 +14,7 @@ import csv
 import hashlib
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +22,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from cluster.storage import Folder, resolve
 from pipelines.readers.samples import (
     ALL_ALIASES,
+    CAPTION_ALIASES,
     KEY_ALIASES,
     MAX_MEMBER_BYTES,
     MAX_TEXT_BYTES,
@@ -42,6 +46,7 @@ FREE_EXPANSION_BYTES = 64 << 20
 FETCH_THREADS = 16
 
 IMAGE_ALIASES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img", "content")
+WEB = re.compile(r"(https?|ftp)://", re.IGNORECASE)
 PATH_ALIASES = ("image", "image_path", "path", "file_name", "filename", "file", "filepath", "image_file", "img_path")
 
 
@@ -68,8 +73,6 @@ class ImageFiles:
     def _place(self, address: str) -> tuple[Folder, str]:
         """The folder and the path below it. Raises ValueError where an address leads anywhere else."""
         scheme, separator, _ = address.partition("://")
-        if separator and scheme.lower() in ("http", "https", "ftp"):
-            raise ValueError(f"{scheme.lower()} images are not downloaded here: use img2dataset and give its output")
         if any(character < " " for character in address) or len(address) > 4096:
             raise ValueError("not an address of a file")
         address = address.removeprefix("file://") if scheme == "file" else address
@@ -109,7 +112,7 @@ def image_digests(address: str, kind: str, images: Sequence[str]) -> Iterator[st
     try:
         rows, find = _parquet(address) if kind == "parquet" else _delimited(address, kind)
         for row in rows:
-            if isinstance(found := find(row), str):
+            if isinstance(found := find(row), str) and not WEB.match(found):
                 try:
                     yield hashlib.sha256(files.read(found)).hexdigest()
                 except ValueError as problem:
@@ -140,18 +143,20 @@ def _sample(number: int, row: Mapping[str, Any], find: Find, files: ImageFiles) 
     found = find(row)
     if sample.error:
         return sample
-    if isinstance(found, str) and found:
+    if found is None or found == "":
+        sample.absent = "no image bytes"
+    elif isinstance(found, str) and (web := WEB.match(found)):
+        sample.absent = f"{web[1].lower()} images are not downloaded here: use img2dataset and give its output"
+    elif isinstance(found, str):
         sample.member = clean_name(found)
         try:
             sample.data = files.read(found)
         except ValueError as problem:
             sample.error = str(problem)
-    elif not found:
-        sample.error = "no image bytes"
     elif len(found) > MAX_MEMBER_BYTES:
         sample.error = f"image larger than {MAX_MEMBER_BYTES} bytes"
     else:
-        sample.data = found if isinstance(found, bytes) else None
+        sample.data = found
     return sample
 
 
@@ -159,34 +164,33 @@ def _sample(number: int, row: Mapping[str, Any], find: Find, files: ImageFiles) 
 
 
 def _parquet(address: str) -> tuple[Iterator[dict[str, Any]], Find]:
-    import pyarrow.parquet as pq
-
     filesystem, path = resolve(address)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
     image = image_column(schema)
-    where = None if image else _text_column(schema.names, lambda name: pat.is_string(schema.field(name).type))
-    if image is None and where is None:
-        raise ValueError(f"no column of image bytes, paths or URLs among {', '.join(map(clean_name, schema.names))}")
-    columns = list(dict.fromkeys(name for name in schema.names if name in ALL_ALIASES or name in (image, where)))
+    where = image or _text_column(schema.names, lambda name: pat.is_string(schema.field(name).type))
+    if where is None and not any(name in schema.names for name in CAPTION_ALIASES):
+        raise ValueError(f"no column of images, addresses or captions among {', '.join(map(clean_name, schema.names))}")
+    columns = list(dict.fromkeys(name for name in schema.names if name in ALL_ALIASES or name == where))
     # A column of bytes or of nested values under a caption's name is no caption.
-    columns = [name for name in columns if name in (image, where, "captions") or _is_plain(schema.field(name).type)]
+    columns = [name for name in columns if name in (where, "captions") or _is_plain(schema.field(name).type)]
 
     def find(row: Mapping[str, Any]) -> bytes | str | None:
-        value = row.get(image or where)  # type: ignore[arg-type]
+        value = row.get(where) if where else None
         return value.get("bytes") if isinstance(value, dict) else value
 
     return parquet_rows(address, columns), find
 
 
-def parquet_rows(address: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file as dictionaries, few at a time. Raises ValueError for one that unpacks to far too much."""
-    import pyarrow.parquet as pq
+def parquet_rows(address: str, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file (or of some of its row groups) as dictionaries, read few at a time.
 
+    Raises ValueError for a file that unpacks to far too much.
+    """
     filesystem, path = resolve(address)
     with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=False, buffer_size=1 << 20) as file:
         _refuse_expansion(file.metadata)
-        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(columns), use_threads=False):
             yield from batch.to_pylist()
 
 
@@ -227,9 +231,9 @@ def _delimited(address: str, kind: str) -> tuple[Iterator[dict[str, Any]], Find]
     rows = _delimited_rows(address, "\t" if kind == "tsv" else ",")
     names = next(rows, {"": ""})
     where = _text_column(list(names), lambda name: True)
-    if where is None:
-        raise ValueError(f"no column of paths or URLs among {', '.join(map(clean_name, names))}")
-    return rows, lambda row: row.get(where)
+    if where is None and not any(name in names for name in CAPTION_ALIASES):
+        raise ValueError(f"no column of addresses or captions among {', '.join(map(clean_name, names))}")
+    return rows, lambda row: row.get(where) if where else None
 
 
 def _delimited_rows(address: str, delimiter: str) -> Iterator[dict[str, Any]]:

@@ -32,7 +32,7 @@ class DamagedTarError(ValueError):
 
 
 def tar_members(filesystem: Any, path: str) -> Iterator[Member]:
-    """Members of the tar at `path`, in order. A damaged tail yields the good members and one that stands for the rest."""
+    """Members of a tar in order. A damaged tail yields the good members and one that stands for the rest."""
     try:
         with filesystem.open_input_stream(path, compression=None, buffer_size=PIECE_BYTES) as raw:
             magic = raw.read(4)
@@ -50,7 +50,7 @@ def tar_members(filesystem: Any, path: str) -> Iterator[Member]:
 
 
 def tar_places(filesystem: Any, path: str) -> dict[str, tuple[int, int]]:
-    """(offset, size) of the data of every readable member of an uncompressed tar, by clean name; contents are skipped."""
+    """(offset, size) of the data of each readable member of an uncompressed tar, by clean name; no data is read."""
     places: dict[str, tuple[int, int]] = {}
     with filesystem.open_input_stream(path, compression=None, buffer_size=PIECE_BYTES) as stream:
         blocks = _Blocks(stream, 0, contents=False)
@@ -171,8 +171,11 @@ def _member(
         yield Member(name, error=error)
         return
     offset = blocks.position
-    data = blocks.member(size) if blocks.contents else blocks.skip_member(size)
-    yield Member(name, data, offset=offset, size=size)
+    if blocks.contents:
+        yield Member(name, blocks.member(size), offset=offset, size=size)
+    else:
+        blocks.skip_member(size)
+        yield Member(name, offset=offset, size=size)
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

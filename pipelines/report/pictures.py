@@ -10,14 +10,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from cluster.storage import Folder, resolve
 from pipelines.lineage.ledger import Ledger
-from pipelines.readers.tables import image_column, is_inside
+from pipelines.readers.tables import image_column, is_inside, parquet_rows
 from pipelines.readers.tar import tar_places
 
 # images(shard digest, key, member, index in the shard) -> encoded bytes, or None where they are gone.
@@ -143,19 +146,16 @@ class SnapshotImages:
 
 
 def _parquet_image(address: str, index: int) -> bytes | None:
-    """The image bytes of row `index` of a Parquet file; only that row's group and column are read."""
-    import pyarrow.parquet as pq
-
+    """The image bytes of row `index` of a Parquet file; only its group and column are read, a few rows at once."""
     filesystem, path = resolve(address)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         column = image_column(file.schema_arrow)
-        if column is None:
-            return None
-        first = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if index < first + count:
-                value = file.read_row_group(group, columns=[column]).column(0)[index - first].as_py()
-                return value.get("bytes") if isinstance(value, dict) else value
-            first += count
-    return None
+        group, first = 0, 0
+        while group < file.num_row_groups and index >= first + file.metadata.row_group(group).num_rows:
+            first += file.metadata.row_group(group).num_rows
+            group += 1
+    if column is None or group == file.num_row_groups:
+        return None
+    row = next(itertools.islice(parquet_rows(address, [column], [group]), index - first, None), {column: None})
+    value = row[column]
+    return value.get("bytes") if isinstance(value, dict) else value
