@@ -76,7 +76,8 @@ ALL_ALIASES = frozenset(
 class Sample:
     """One occurrence as it came in: encoded bytes, captions and ids; or an error that says what is wrong with it.
 
-    absent: why there is no image where that is no error: a row of a list can be judged by its caption alone. metadata: what the dataset says about the image, under the names of METADATA_ALIASES.
+    absent: why there is no image where that is no error: a row of a list can be judged by its caption alone.
+    metadata: what the dataset says about the image, under the names of METADATA_ALIASES.
     """
 
     key: str
