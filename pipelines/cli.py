@@ -99,6 +99,9 @@ def select(
     measure_missing: Annotated[
         bool, typer.Option("--measure-missing", help="Measure rows that the new rules revive, at their cost.")
     ] = False,
+    subset: Annotated[
+        Path | None, typer.Option("--subset", help="Write the kept rows' uids here, as DataComp's sorted .npy.")
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Run on Ray; judging small data is quicker without.")] = False,
     workers: Workers = 0,
     models: Models = None,
@@ -110,6 +113,7 @@ def select(
     import yaml
 
     from pipelines import runner
+    from pipelines.readers.subset import write_subset
     from pipelines.recipe import RecipeError, load_recipe
     from pipelines.snapshot import open_snapshot
 
@@ -133,7 +137,12 @@ def select(
         quiet=as_json,
         command=runner.command_line(),
     )
-    _announce(runner.select(source, load_recipe(base, sets or []), options, measure_missing), as_json)
+    chosen = runner.select(source, load_recipe(base, sets or []), options, measure_missing)
+    _announce(chosen, as_json)
+    if subset is not None:
+        with subset.open("wb") as stream:
+            count = write_subset(stream, chosen.subset_uids())
+        typer.echo(f"wrote {subset}: {count:,} uids", err=as_json)
 
 
 @app.command(epilog="Example: `sluice init photos/ --output recipe.yaml`")

@@ -101,13 +101,19 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Pack:
-    """input_shards: how many input shards, in order, one output shard covers."""
+    """input_shards: how many input shards, in order, one run of output covers. shard_samples, shard_bytes: most samples
+    and image bytes of one tar of a run, 0 for no bound; a single larger image still gets a tar of its own."""
 
     input_shards: int = 1
+    shard_samples: int = 0
+    shard_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.input_shards < 1:
             raise RecipeError(f"pack.input_shards {self.input_shards} is not at least 1")
+        for name in ("shard_samples", "shard_bytes"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"pack.{name} {getattr(self, name)} is not 0 (no bound) or more")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
 from pipelines.readers import InputShard, discover, names_images, shard_digest
-from pipelines.recipe import Recipe, RecipeError
+from pipelines.recipe import Pack, Recipe, RecipeError
 from pipelines.scales import scale_warnings
 from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
 from stages.contract import Context, digest_of
@@ -353,6 +353,8 @@ def _pack(
         "clip": stage_of("clip_score"),
         "caption_scores": stage_of("caption_scores"),
         "guards": [name for name, rule in plan.recipe.rules.items() if rule.guards],
+        "shard_samples": plan.recipe.pack.shard_samples,
+        "shard_bytes": plan.recipe.pack.shard_bytes,
     }
     tasks, records = [], []
     for group, first in enumerate(range(0, len(plan.shards), run)):
@@ -373,7 +375,9 @@ def _pack(
             [item["digest"], item["dataset"], list(item["units"].items()), judged["digests"][place]]
             for item, place in zip(described, places, strict=True)
         ]
-        key = digest_of("pack", PACKING_VERSION, group, config["columns"], config["clip"], config["guards"], identity)
+        key = digest_of(
+            "pack", PACKING_VERSION, group, [value for name, value in config.items() if name != "store"], identity
+        )
         records.append(f"units/packed/{key}.json")
         tasks.append({"group": group, "shards": described})
     todo = [(task, record) for task, record in zip(tasks, records, strict=True) if not store.exists(record)]
@@ -507,9 +511,17 @@ def describe_plan(plan: Plan, store: Folder) -> str:
     for name, model in plan.models.items():
         lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")
     groups = -(-len(plan.shards) // plan.recipe.pack.input_shards)
-    lines.append(f"pack      {groups:,} output shards at most, {plan.recipe.pack.input_shards} input shards each")
+    pack = plan.recipe.pack
+    lines.append(f"pack      {groups:,} runs of {pack.input_shards} input shards, {_bounds(pack)}")
     lines += [f"warning   {warning}" for warning in scale_warnings(plan, store)]
     return "\n".join(lines)
+
+
+def _bounds(pack: Pack) -> str:
+    samples = f"{pack.shard_samples:,} samples" if pack.shard_samples else ""
+    size = f"{pack.shard_bytes:,} image bytes" if pack.shard_bytes else ""
+    most = " and ".join(filter(None, (samples, size)))
+    return f"tars of at most {most}" if most else "one tar each"
 
 
 def _code_version() -> str:

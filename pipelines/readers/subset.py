@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
-from typing import IO
+from typing import IO, TypeGuard
 
 import numpy as np
 
@@ -40,10 +40,15 @@ class Subset:
 
     def multiplicity(self, uid: str | None) -> int:
         """How often `uid` (32 hex digits) stands in the subset; 0 for anything else."""
-        if uid is None or not _UID.fullmatch(uid):
+        if not is_uid(uid):
             return 0
         wanted = uid_pair(uid)
         return int(np.searchsorted(self.uids, wanted, "right") - np.searchsorted(self.uids, wanted, "left"))
+
+
+def is_uid(text: str | None) -> TypeGuard[str]:
+    """Whether `text` is a uid as DataComp has them: 32 lower-case hex digits."""
+    return text is not None and _UID.fullmatch(text) is not None
 
 
 def uid_pair(uid: str) -> np.ndarray:
@@ -53,7 +58,7 @@ def uid_pair(uid: str) -> np.ndarray:
 
 def write_subset(stream: IO[bytes], uids: Iterable[str]) -> int:
     """Write the uids that have 32 hex digits, sorted, repeats kept. Returns how many."""
-    pairs = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids if _UID.fullmatch(uid)]
+    pairs = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids if is_uid(uid)]
     array = np.sort(np.array(pairs, SUBSET_DTYPE))
     np.lib.format.write_array(stream, array, allow_pickle=False)
     return len(array)
