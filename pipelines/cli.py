@@ -58,6 +58,13 @@ def curate(
         list[str] | None,
         typer.Option("--parent", help="Earlier snapshot whose held-out split is inherited. Repeatable."),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            help="Earlier snapshot whose rows are not taken again, or benchmark images or prompts. Repeatable.",
+        ),
+    ] = None,
     catalog: CatalogUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,6 +81,7 @@ def curate(
         device=device,
         limit=limit,
         parents=tuple(parent or ()),
+        against=tuple(against or ()),
         catalog=catalog,
         quiet=as_json,
         command=runner.command_line(),
@@ -81,10 +89,12 @@ def curate(
     if dry_run:
         from cluster.engine import open_engine
         from cluster.storage import Folder
+        from pipelines.against import with_contamination
 
         store = Folder(options.output)
         with open_engine("local") as engine:
-            typer.echo(runner.describe_plan(runner.plan_run(loaded, options, store, engine), store))
+            planned = with_contamination(loaded, options.against)
+            typer.echo(runner.describe_plan(runner.plan_run(planned, options, store, engine), store))
         return
     _announce(runner.curate(loaded, options), as_json)
 

@@ -236,7 +236,8 @@ class Judgement:
         for place, row in enumerate(answer.row.tolist()):
             if answer.rejected[place]:
                 self.failed_rules[row].append(name)
-            if not alive[row] or not (answer.rejected[place] or answer.failed[place]):
+            answered = answer.failed[place] or (answer.rejected[place] and not rule.marks)
+            if not alive[row] or not answered:
                 continue
             self.rule[row], self.reason[row] = name, answer.reason[place]
             if not answer.rejected[place]:

@@ -28,6 +28,7 @@ from pipelines import barriers
 from pipelines.judge import (
     JUDGE_VERSION,
     VERDICT_SCHEMA,
+    Answer,
     JudgedShard,
     Judgement,
     NotMeasuredError,
@@ -54,7 +55,8 @@ class Case:
 
     stages: those that have measured, in recipe order. rules_before: for each stage, how many rules a row must pass
     before it is looked at. held: Parquet files in the store with rows of earlier snapshots that duplicates are dropped
-    for: the columns that duplicate rules need, under their names here, and uid and index.
+    for: the columns that duplicate rules need, under their names here, and uid and index. benchmarks: the same for
+    rules on contamination. The names say in reasons where such a row lies.
     """
 
     shards: tuple[JudgedShard, ...]
@@ -62,6 +64,16 @@ class Case:
     stages: tuple[str, ...]
     rules_before: Mapping[str, int]
     held: tuple[str, ...] = ()
+    held_names: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()
+    benchmark_names: tuple[str, ...] = ()
+
+    def held_for(self, rule: Rule) -> tuple[str, ...]:
+        return self.benchmarks if rule.takes_benchmarks else self.held if rule.takes_held else ()
+
+    def name_of_held(self, rule: Rule, number: int) -> str:
+        names = self.benchmark_names if rule.takes_benchmarks else self.held_names
+        return names[number] if number < len(names) else ""
 
     def pieces(self) -> list[tuple[JudgedShard, ...]]:
         size = max(1, -(-len(self.shards) // MOST_PIECES))
@@ -77,7 +89,8 @@ class Case:
             position,
             [[name, rule.type, rule.version, rule.options()] for name, rule in rules],
             [[shard.digest, shard.dataset, [shard.units[stage] for stage in counted]] for shard in self.shards],
-            list(self.held),
+            [list(self.held), list(self.held_names)],
+            [list(self.benchmarks), list(self.benchmark_names)],
         )
 
 
@@ -180,6 +193,7 @@ def _take_through(case: Case, run: barriers.Runner) -> Judged:
                     "before": before,
                     "base": base,
                     "answers": answers,
+                    "pieces": len(pieces),
                 }
                 for number, piece in enumerate(pieces)
             ]
@@ -193,7 +207,7 @@ def _take_through(case: Case, run: barriers.Runner) -> Judged:
             return Judged(base, counts, _funnel(rules, steps, results), cuts)
         name, rule = rules[position]
         rows = [result["alive"] for result in results]
-        if rule.takes_held:
+        if files := case.held_for(rule):
             held = [
                 {
                     "do": "hold",
@@ -202,7 +216,7 @@ def _take_through(case: Case, run: barriers.Runner) -> Judged:
                     "position": position,
                     "target": f"{base}/alive-{len(pieces) + number:06d}.arrow",
                 }
-                for number, path in enumerate(case.held)
+                for number, path in enumerate(files)
             ]
             rows += [result["rows"] for result in run(held)]
         answered = barriers.run_barrier(rule, position, base, rows, len(pieces), run)
@@ -310,13 +324,14 @@ class JudgeWorker:
         if task["before"]:
             judged = Judgement.from_table(barriers.read_batch(self.store, f"{task['before']}/{state}", 0))
             answer = barriers.answer_for(self.store, task["answers"], task["piece"])
+            self._say_where(answer, self.rules[first][1], task["pieces"])
         done = advance(judged, self.rules, columns, errors, self.case.rules_before, first, answer)
         table = judged.to_table().append_column("image_id", columns["image_id"])
         barriers.write_batches(self.store, f"{task['base']}/{state}", table.schema, [table])
         alive = judged.alive
         if position < len(self.rules) and not done.missing:
             rule = self.rules[position][1]
-            mark = False if rule.takes_held and self.case.held else None
+            mark = False if self.case.held_for(rule) else None
             rows = barriers.alive_table(columns, rule.needs, alive, mark)
             barriers.write_batches(self.store, f"{task['base']}/alive-{task['piece']:06d}.arrow", rows.schema, [rows])
         return {
@@ -331,6 +346,13 @@ class JudgeWorker:
                 )
             ),
         }
+
+    def _say_where(self, answer: Answer, rule: Rule, pieces: int) -> None:
+        """Add to the reason of a row whose keeper is held already what holds it."""
+        for place, keeper in enumerate(answer.keeper.tolist()):
+            number = (keeper >> barriers.PIECE_SHIFT) - pieces
+            if keeper >= 0 and number >= 0 and (name := self.case.name_of_held(rule, number)):
+                answer.reason[place] = f"{answer.reason[place]}, in {name}"
 
     def hold(self, task: dict[str, Any]) -> dict[str, Any]:
         """Rows of an earlier snapshot as a barrier is given them."""

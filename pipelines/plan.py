@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import Folder
+from pipelines.against import Held
 from pipelines.measure import READER_COLUMNS, StageJob
 from pipelines.readers import READER_VERSION, InputShard
 from pipelines.recipe import Recipe, RecipeError, _nearest
@@ -40,6 +41,7 @@ class Plan:
     models: dict[str, dict[str, Any]]
     numerics: dict[str, Any]
     stage_keys: dict[str, str] = field(default_factory=dict)
+    held: Held = field(default_factory=Held)
 
     def rows_path(self, digest: str) -> str:
         return f"units/read-v{READER_VERSION}/{digest[:32]}.parquet"

@@ -56,6 +56,7 @@ RULE_TYPES = {
     "balance": "stages.balance:Balance",
     "exact_duplicates": "stages.dedupe:ExactDuplicates",
     "near_duplicates": "stages.dedupe:NearDuplicates",
+    "contamination": "stages.contamination:Contamination",
     "semantic_duplicates": "stages.semantic:SemanticDuplicates",
 }
 FORMATS = ("auto", "webdataset", "parquet", "csv", "tsv", "folder")

@@ -20,6 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Engine, LocalEngine, open_engine
 from cluster.storage import Folder, absolute, lease
+from pipelines.against import (
+    Held,
+    benchmark_name,
+    benchmark_recipe,
+    hold_benchmark,
+    hold_snapshot,
+    split_addresses,
+    with_contamination,
+)
 from pipelines.judge import JudgedShard, NotMeasuredError
 from pipelines.judging import FOLDER as JUDGING
 from pipelines.judging import Case, judge_all, judge_gate
@@ -28,10 +37,11 @@ from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
 from pipelines.readers import InputShard, discover, names_images, shard_digest
-from pipelines.recipe import Pack, Recipe, RecipeError
+from pipelines.recipe import Input, Pack, Recipe, RecipeError
 from pipelines.scales import scale_warnings
 from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
 from stages.contract import Context, digest_of
+from stages.rules import Rule
 
 SMALL_INPUT_BYTES = 256 << 20
 if TYPE_CHECKING:
@@ -44,7 +54,8 @@ SHIPPED_MODELS = str(Path(__file__).parent / "demo" / "weights")
 
 @dataclass
 class Options:
-    """How to run: nothing here changes what comes out, but for `limit` (fewer rows) and `parents` (inherited sides)."""
+    """How to run: nothing here changes what comes out, but for `limit` (fewer rows), `parents` (inherited sides) and
+    `against` (snapshots and benchmarks that rows are held against)."""
 
     output: str
     engine: str = "ray"
@@ -53,6 +64,7 @@ class Options:
     device: str = "cpu"
     limit: int = 0
     parents: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     catalog: str | None = None
     quiet: bool = False
     command: str = ""
@@ -93,11 +105,13 @@ def curate(recipe: Recipe, options: Options) -> Snapshot:
     """Run a recipe and return its snapshot. Raises RecipeError, FileNotFoundError, LeaseHeldError."""
     started = _now()
     store = Folder(options.output)
+    recipe = with_contamination(recipe, options.against)
     with lease(store, options.command or "sluice curate"), open_engine(options.engine, options.workers) as engine:
         plan = plan_run(recipe, options, store, engine)
         if not options.quiet:
             for warning in scale_warnings(plan, store):
                 say(f"  warning: {warning}")
+        plan.held = hold(recipe, store, engine, options)
         with _recorded("curate", plan, store, options) as run:
             measured = measure(plan, store, engine, options)
             return _finish(plan, measured, store, engine, options, started, run)
@@ -110,6 +124,29 @@ def plan_run(recipe: Recipe, options: Options, store: Folder, engine: Engine) ->
         shards = limited(shards, options.limit)
     digests = fingerprint(shards, store, engine, options)
     return make_plan(recipe, shards, digests, context_of(recipe, options))
+
+
+def hold(recipe: Recipe, store: Folder, engine: Engine, options: Options) -> Held:
+    """Files with the rows of the snapshots and benchmarks that the run is held against; benchmarks are measured."""
+    snapshots, benchmarks = split_addresses(options.against)
+    files = []
+    for address in benchmarks:
+        whole = replace(options, limit=0)
+        plan = plan_run(replace(benchmark_recipe(recipe), input=(Input(address),)), whole, store, engine)
+        files.append(hold_benchmark(measure(plan, store, engine, options).shards, recipe, store))
+    return Held(
+        tuple(hold_snapshot(snapshot, recipe, store) for snapshot in snapshots),
+        tuple(f"snapshot {snapshot.id[:12]}" for snapshot in snapshots),
+        tuple(files),
+        tuple(f"benchmark {benchmark_name(address)}" for address in benchmarks),
+    )
+
+
+def _case(plan: Plan, shards: Sequence[JudgedShard], rules: Mapping[str, Rule], stages: Sequence[str]) -> Case:
+    held = plan.held
+    names = {"held_names": held.snapshot_names, "benchmark_names": held.benchmark_names}
+    before = dict(plan.rules_before)
+    return Case(tuple(shards), rules, tuple(stages), before, held.snapshots, benchmarks=held.benchmarks, **names)
 
 
 def context_of(recipe: Recipe, options: Options) -> Context:
@@ -198,10 +235,11 @@ def _judge_gate(
         "gate",
         [[name, rule.type, rule.version, rule.options()] for name, rule in rules.items()],
         [[shard.digest, shard.dataset, sorted(shard.units.items())] for shard in shards],
+        plan.held.identity(),
     )
     done, paths = f"units/gates/{key}.json", [f"units/gates/{key}-{place:06d}.parquet" for place in range(len(shards))]
     if not store.exists(done):
-        case = Case(tuple(shards), rules, tuple(measured), dict(plan.rules_before))
+        case = _case(plan, shards, rules, measured)
         store.write_json(done, judge_gate(_near(engine, plan.shards), store, case, paths))
     return list(zip(paths, store.read_json(done), strict=True))
 
@@ -270,6 +308,7 @@ def _finish(
             for digest, rows, kept in zip(plan.digests, judged["rows"], judged["kept"], strict=True)
         ],
         "funnel": judged["funnel"],
+        "against": plan.held.to_json(),
         "code_version": _code_version(),
     }
     provenance = {
@@ -307,14 +346,14 @@ def _judge(plan: Plan, measured: Measured, store: Folder, engine: Engine, option
         [[shard.digest, shard.dataset, list(shard.units.items())] for shard in measured.shards],
         asdict(plan.recipe.held_out),
         sorted(parent.id for parent in parents),
+        plan.held.to_json(),
     )
     done = f"units/verdicts/{key}.json"
     paths = [f"units/verdicts/{key}-{place:06d}.parquet" for place in range(len(measured.shards))]
     if not store.exists(done):
         with Progress("judge", len(plan.recipe.rules), unit="rules", quiet=options.quiet) as progress:
             near = _near(engine, plan.shards)
-            stages = tuple(plan.recipe.stages)
-            case = Case(tuple(measured.shards), dict(plan.recipe.rules), stages, dict(plan.rules_before))
+            case = _case(plan, measured.shards, dict(plan.recipe.rules), list(plan.recipe.stages))
             addresses = [parent.folder.url for parent in parents]
             try:
                 result = judge_all(near, store, case, plan.recipe.held_out, addresses, paths)
@@ -408,6 +447,8 @@ def select(source: Snapshot, recipe: Recipe, options: Options, measure_missing: 
     with lease(store, options.command or "sluice select"), open_engine(options.engine, options.workers) as engine:
         known = None if measure_missing else (source.manifest["models"], source.manifest["numerics"])
         plan = make_plan(recipe, shards, digests, context_of(recipe, options), known)
+        # Rows are held against what they were held against when the snapshot was made: the files lie in the store.
+        plan.held = Held.from_json(source.manifest.get("against", {}))
         with _recorded("select", plan, store, options) as run:
             if measure_missing:
                 measured = measure(plan, store, engine, options)
@@ -442,7 +483,9 @@ def _recorded(kind: str, plan: Plan, store: Folder, options: Options) -> Iterato
 
     parents = [open_snapshot(parent) for parent in options.parents]
     recipe = plan.recipe.resolved()
-    run_id = digest_of("run", kind, store.url, list(recipe.items()), plan.digests, [parent.id for parent in parents])
+    held_by, _ = split_addresses(options.against)
+    told = [[parent.id for parent in parents], *([plan.held.to_json()] if options.against else [])]
+    run_id = digest_of("run", kind, store.url, list(recipe.items()), plan.digests, *told)
     with record_run(
         options.catalog,
         kind=kind,
@@ -460,7 +503,8 @@ def _recorded(kind: str, plan: Plan, store: Folder, options: Options) -> Iterato
             for stage, model in plan.models.items()
         )
         run.consume_many(
-            Artifact("snapshot", parent.id, parent.folder.url, Path(parent.store.url).name) for parent in parents
+            Artifact("snapshot", parent.id, parent.folder.url, Path(parent.store.url).name)
+            for parent in (*parents, *held_by)
         )
         yield run
 

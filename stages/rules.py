@@ -66,6 +66,10 @@ class Rule:
     guide: ClassVar[str] = ""
     # Whether rows of an earlier snapshot may stand in the table, marked as held.
     takes_held: ClassVar[bool] = False
+    # Whether the rows of benchmarks stand in the table, marked as held.
+    takes_benchmarks: ClassVar[bool] = False
+    # Whether a row that the rule rejects is kept all the same, the rule named among its failed_rules.
+    marks: ClassVar[bool] = False
     guards: ClassVar[bool] = False
     records: ClassVar[Column | None] = None
 
