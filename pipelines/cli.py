@@ -65,6 +65,9 @@ def curate(
             help="Earlier snapshot whose rows are not taken again, or benchmark images or prompts. Repeatable.",
         ),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure rows again that a stage could not measure, and only those.")
+    ] = False,
     catalog: CatalogUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,6 +85,7 @@ def curate(
         limit=limit,
         parents=tuple(parent or ()),
         against=tuple(against or ()),
+        retry_failed=retry_failed,
         catalog=catalog,
         quiet=as_json,
         command=runner.command_line(),

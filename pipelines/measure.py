@@ -115,6 +115,7 @@ class _Gathered:
     values: dict[str, list[Any]]
     errors: list[str | None] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
+    known: dict[str, list[Any]] | None = None
     under_way: deque[tuple[list[int], Future[Columns]]] = field(default_factory=deque)
 
 
@@ -179,7 +180,7 @@ class MeasureWorker:
         task: dict[str, Any],
     ) -> pa.Table:
         """One pass over the shard's bytes: write its rows if that is still to be done, and feed the stages."""
-        gathered = [_gather(job) for job in jobs]
+        gathered = [self._gather(job, task) for job in jobs]
         described: list[dict[str, Any]] = []
         index = 0
         pending: dict[int, tuple[dict[str, Any], EncodedImage]] = {}
@@ -229,7 +230,7 @@ class MeasureWorker:
             for index in range(rows.num_rows)
         }
         for job in jobs:
-            part = _gather(job)
+            part = self._gather(job, task)
             self._take(part, pending, range(rows.num_rows), gates, task["digest"])
             self._flush(part, pending, len(part.waiting), task["digest"])
             self._collect(part)
@@ -251,7 +252,11 @@ class MeasureWorker:
             broken = pending[row][0]["error"] if not _stage_columns(part.job) else None
             part.errors.append(gate or broken)
             if gate is None and broken is None:
-                part.waiting.append(row)
+                if part.known and part.known["error"][row] is None:
+                    for name, values in part.values.items():
+                        values[row] = part.known[name][row]
+                else:
+                    part.waiting.append(row)
         size = part.job.stage.compute_batch or self.transport_batch
         while len(part.waiting) >= size:
             self._flush(part, pending, size, shard)
@@ -304,6 +309,14 @@ class MeasureWorker:
             [answer.errors[0] if answer.errors else None for answer in rows],
         )
 
+    def _gather(self, job: StageJob, task: dict[str, Any]) -> _Gathered:
+        """An empty answer; where failed rows are taken up again, with what an earlier unit knows of the others."""
+        part = _Gathered(job, {column.name: [] for column in job.columns})
+        if earlier := task.get("known", {}).get(job.name):
+            table = pq.read_table(self.store.open(earlier))
+            part.known = {name: table[name].to_pylist() for name in table.column_names}
+        return part
+
     def _write(self, part: _Gathered, task: dict[str, Any]) -> None:
         arrays = {
             column.name: pa.array(_plain(part.values[column.name]), arrow_type(column.type))
@@ -325,10 +338,6 @@ def _portions(samples: Iterable[Sample], most: int) -> Iterator[list[Sample]]:
             portion, held = [], 0
     if portion:
         yield portion
-
-
-def _gather(job: StageJob) -> _Gathered:
-    return _Gathered(job, {column.name: [] for column in job.columns})
 
 
 def _prepare(measure: PreparedMeasure, batch: Batch, row: int) -> Any:

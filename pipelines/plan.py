@@ -30,7 +30,10 @@ class Pass:
 
 @dataclass
 class Plan:
-    """What a run will do. Keys of gated units are made by the runner, once their gate has been judged."""
+    """What a run will do. Keys of gated units are made by the runner, once their gate has been judged.
+
+    retried: of units whose failed rows were taken up again, where the newer one lies.
+    """
 
     recipe: Recipe
     context: Context
@@ -42,6 +45,7 @@ class Plan:
     numerics: dict[str, Any]
     stage_keys: dict[str, str] = field(default_factory=dict)
     held: Held = field(default_factory=Held)
+    retried: dict[str, str] = field(default_factory=dict)
 
     def rows_path(self, digest: str) -> str:
         return f"units/read-v{READER_VERSION}/{digest[:32]}.parquet"
@@ -50,7 +54,8 @@ class Plan:
         """Where a stage's unit for one shard lies; a gated unit's name also says which rows it was allowed to see."""
         kind = self.recipe.stages[stage].type
         suffix = f"-{gate_digest[:16]}" if gate_digest else ""
-        return f"units/{kind}-{self.stage_keys[stage][:16]}/{digest[:32]}{suffix}.parquet"
+        path = f"units/{kind}-{self.stage_keys[stage][:16]}/{digest[:32]}{suffix}.parquet"
+        return self.retried.get(path, path)
 
 
 def make_plan(

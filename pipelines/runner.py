@@ -29,6 +29,7 @@ from pipelines.against import (
     split_addresses,
     with_contamination,
 )
+from pipelines.changes import changes, stage_facts, told
 from pipelines.judge import JudgedShard, NotMeasuredError
 from pipelines.judging import FOLDER as JUDGING
 from pipelines.judging import Case, judge_all, judge_gate
@@ -36,10 +37,10 @@ from pipelines.measure import MeasureWorker, read_columns
 from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
-from pipelines.readers import InputShard, discover, names_images, shard_digest
+from pipelines.readers import READER_VERSION, InputShard, discover, names_images, shard_digest
 from pipelines.recipe import Input, Pack, Recipe, RecipeError
 from pipelines.scales import scale_warnings
-from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
+from pipelines.snapshot import Snapshot, SnapshotError, open_snapshot, write_snapshot
 from stages.contract import Context, digest_of
 from stages.rules import Rule
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from pipelines.lineage.record import Run
 
 FINGERPRINTS = "units/fingerprints.json"
+RETRIED = "units/retried.json"
 # Weights of the made-up world lie in the package, so that its recipes run anywhere.
 SHIPPED_MODELS = str(Path(__file__).parent / "demo" / "weights")
 
@@ -55,7 +57,8 @@ SHIPPED_MODELS = str(Path(__file__).parent / "demo" / "weights")
 @dataclass
 class Options:
     """How to run: nothing here changes what comes out, but for `limit` (fewer rows), `parents` (inherited sides) and
-    `against` (snapshots and benchmarks that rows are held against)."""
+    `against` (snapshots and benchmarks that rows are held against). retry_failed: measure rows again that a stage could
+    not measure, and only those."""
 
     output: str
     engine: str = "ray"
@@ -65,6 +68,7 @@ class Options:
     limit: int = 0
     parents: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    retry_failed: bool = False
     catalog: str | None = None
     quiet: bool = False
     command: str = ""
@@ -123,7 +127,9 @@ def plan_run(recipe: Recipe, options: Options, store: Folder, engine: Engine) ->
     if options.limit:
         shards = limited(shards, options.limit)
     digests = fingerprint(shards, store, engine, options)
-    return make_plan(recipe, shards, digests, context_of(recipe, options))
+    plan = make_plan(recipe, shards, digests, context_of(recipe, options))
+    plan.retried = store.read_json(RETRIED) if store.exists(RETRIED) else {}
+    return plan
 
 
 def hold(recipe: Recipe, store: Folder, engine: Engine, options: Options) -> Held:
@@ -131,7 +137,7 @@ def hold(recipe: Recipe, store: Folder, engine: Engine, options: Options) -> Hel
     snapshots, benchmarks = split_addresses(options.against)
     files = []
     for address in benchmarks:
-        whole = replace(options, limit=0)
+        whole = replace(options, limit=0, retry_failed=False)
         plan = plan_run(replace(benchmark_recipe(recipe), input=(Input(address),)), whole, store, engine)
         files.append(hold_benchmark(measure(plan, store, engine, options).shards, recipe, store))
     return Held(
@@ -212,8 +218,60 @@ def measure(plan: Plan, store: Folder, engine: Engine, options: Options) -> Meas
         for place, digest in enumerate(plan.digests):
             for job in part.jobs:
                 units[place][job.name] = plan.unit_path(job.name, digest, gate[place][1])
-        _run_pass(plan, part, units, gate, store, engine, options)
+        known = _take_up(plan, part, units, store, options) if options.retry_failed else {}
+        _run_pass(plan, part, units, gate, store, engine, options, known)
+        if known:
+            store.write_json(RETRIED, plan.retried)
     return Measured(_judged_shards(plan, units))
+
+
+def _take_up(
+    plan: Plan, part: Pass, units: list[dict[str, str]], store: Folder, options: Options
+) -> dict[tuple[str, str], str]:
+    """Name new units for those with rows that a stage could not measure; (shard digest, stage) -> the earlier unit.
+
+    An earlier unit behind another gate (rows taken up before have passed it meanwhile) serves as well: what it knows is
+    not measured again.
+    """
+    try:
+        latest = open_snapshot(store.url)
+        earlier = {
+            item["digest"]: mine
+            for item, mine in zip(latest.manifest["inputs"], latest.provenance()["units"], strict=True)
+        }
+    except SnapshotError:
+        earlier = {}
+    known: dict[tuple[str, str], str] = {}
+    failed = 0
+    for place, digest in enumerate(plan.digests):
+        for job in part.jobs:
+            path = units[place][job.name]
+            old = path if store.exists(path) else earlier.get(digest, {}).get(job.name, "")
+            if old.rpartition("/")[0] != path.rpartition("/")[0] or not store.exists(old):
+                continue
+            count = _failed_rows(store, plan.rows_path(digest), old)
+            if count or old != path:
+                new = path if old != path else f"{path.removesuffix('.parquet')}-{digest_of('retry', path)[:8]}.parquet"
+                known[digest, job.name] = old
+                units[place][job.name] = new
+                # A unit that was taken up before is known by the name of the first of them.
+                names = [first for first, newest in plan.retried.items() if newest == path] or [path]
+                if new != path:
+                    plan.retried.update(dict.fromkeys([*names, path], new))
+                failed += count
+    if not options.quiet:
+        say(f"  {', '.join(job.name for job in part.jobs)}: {failed:,} failed rows are taken up again")
+    return known
+
+
+def _failed_rows(store: Folder, rows: str, unit: str) -> int:
+    """Rows that were read and that a stage was given and could not measure."""
+    read = read_columns(store, rows, ["error"])["error"].to_pylist()
+    errors = read_columns(store, unit, ["error"])["error"].to_pylist()
+    return sum(
+        error is not None and before is None and not error.startswith("not_measured(")
+        for before, error in zip(read, errors, strict=True)
+    )
 
 
 def _judged_shards(plan: Plan, units: Sequence[Mapping[str, str]]) -> list[JudgedShard]:
@@ -252,6 +310,7 @@ def _run_pass(
     store: Folder,
     engine: Engine,
     options: Options,
+    known: Mapping[tuple[str, str], str],
 ) -> None:
     tasks = []
     for place, (shard, digest) in enumerate(zip(plan.shards, plan.digests, strict=True)):
@@ -265,6 +324,7 @@ def _run_pass(
                     "units": dict(units[place]),
                     "todo": todo,
                     "gate": gate[place][0],
+                    "known": {name: known[digest, name] for name in todo if (digest, name) in known},
                 }
             )
     title = ", ".join(job.name for job in part.jobs)
@@ -318,6 +378,8 @@ def _finish(
         "command": options.command,
         "engine": {"name": engine.name, "workers": engine.workers},
         "models": list(plan.context.models),
+        "stages": stage_facts(plan),
+        "reader": READER_VERSION,
         "parents": [open_snapshot(parent).folder.url for parent in options.parents],
         "inputs": [
             {"digest": digest, "name": shard.name, "address": shard.address, "shard": shard.to_json()}
@@ -554,6 +616,7 @@ def describe_plan(plan: Plan, store: Folder) -> str:
     lines.append("judge     " + (" > ".join(plan.recipe.rules) or "no rules: every row that opens is kept"))
     for name, model in plan.models.items():
         lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")
+    lines += told(changes(plan, store), plan)
     groups = -(-len(plan.shards) // plan.recipe.pack.input_shards)
     pack = plan.recipe.pack
     lines.append(f"pack      {groups:,} runs of {pack.input_shards} input shards, {_bounds(pack)}")

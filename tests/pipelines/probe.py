@@ -32,11 +32,14 @@ class Probe(Stage):
             scores, errors = [], []
             for row in range(len(batch)):
                 image = batch.image(row)
-                broken = self.fail_on and self.fail_on in (batch["caption"][row] or "")
+                # SLUICE_PROBE_FAIL stands for trouble that passes: a remote model that did not answer.
+                reasons = (self.fail_on, os.environ.get("SLUICE_PROBE_FAIL", ""))
+                broken = any(reason and reason in (batch["caption"][row] or "") for reason in reasons)
                 errors.append("asked to fail" if broken else None)
                 mean = sum(image.convert("L").tobytes()) / (image.width * image.height) if image else 0.0
                 scores.append(None if broken else mean + len(batch) / 100)
-            return Columns({"score": scores, "batch": [len(batch)] * len(batch)}, errors)
+            batches = [None if error else len(batch) for error in errors]
+            return Columns({"score": scores, "batch": batches}, errors)
 
         return measure
 
