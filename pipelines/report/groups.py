@@ -72,6 +72,8 @@ def _kinds(ledger: Ledger) -> list[tuple[str, str, str]]:
         ("source", ["source", "meta.source", "dataset"]),
     ):
         column = next((name for name in candidates if name in ledger.columns), None)
+        if column == "dataset" and not ledger.rows("SELECT 1 FROM ledger WHERE dataset IS NOT NULL LIMIT 1"):
+            column = None  # one dataset without a name
         if column:
             kinds.append((kind, column, f"CAST({quoted(column)} AS VARCHAR)"))
         elif kind == "source":
