@@ -46,6 +46,7 @@ format: $(STAMP) ## Lay out the code as ruff does
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Every benchmark, then a table of claims; ARGS=--quick for under a minute each
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 clean: ## Remove caches, build leftovers and the demo's output (.venv stays)

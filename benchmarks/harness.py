@@ -18,10 +18,12 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 
-def arguments(doc: str | None) -> argparse.Namespace:
-    """The options every benchmark takes; `doc` is the script's docstring."""
+def arguments(doc: str | None, **more: str) -> argparse.Namespace:
+    """The options every benchmark takes; `doc` is the script's docstring. more: options of its own and their help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller case that ends in under a minute")
+    for name, text in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text)
     return parser.parse_args()
 
 

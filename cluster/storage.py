@@ -12,7 +12,10 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 import socket
+import stat
+import tempfile
 import threading
 import time
 import uuid
@@ -24,6 +27,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+# Files for an object store are made whole before they are sent: in memory up to this size, else on the local disk.
+MEMORY_BYTES = 64 << 20
 LEASE_FILE = "lease.json"
 LEASE_BEAT_S = 5.0
 LEASE_STALE_S = 30.0
@@ -57,6 +62,10 @@ class FileEntry:
     size_bytes: int
     mtime_ns: int
 
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
 
 class Folder:
     """A folder on some filesystem. Paths given to its methods are relative to it and use "/"."""
@@ -86,13 +95,25 @@ class Folder:
 
     def files(self, path: str = "", pattern: str = "*", recursive: bool = True) -> list[FileEntry]:
         """Files below `path` whose name matches `pattern`, in natural order; none where there is no such folder."""
-        selector = pafs.FileSelector(self.at(path), recursive=recursive, allow_not_found=True)
-        found = [
-            FileEntry(info.path[len(self.root) :].lstrip("/"), info.size, info.mtime_ns or 0)
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.File and fnmatch.fnmatch(info.base_name, pattern)
-        ]
+        found = [entry for entry in self._entries(path, recursive) if fnmatch.fnmatch(entry.name, pattern)]
         return sorted(found, key=lambda entry: natural_key(entry.path))
+
+    def _entries(self, path: str, recursive: bool) -> Iterator[FileEntry]:
+        if self.is_local:
+            # Links to folders are not followed: they may lead round in a circle, or out.
+            for where, folders, names in os.walk(self.at(path)):
+                folders[:] = folders if recursive else []
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        info = os.stat(f"{where}/{name}")
+                        if stat.S_ISREG(info.st_mode):
+                            relative = os.path.relpath(f"{where}/{name}", self.root)
+                            yield FileEntry(relative, info.st_size, info.st_mtime_ns)
+            return
+        selector = pafs.FileSelector(self.at(path), recursive=recursive, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                yield FileEntry(info.path[len(self.root) :].lstrip("/"), info.size, info.mtime_ns or 0)
 
     def open(self, path: str) -> pa.NativeFile:
         """A seekable stream over a file. Raises FileNotFoundError."""
@@ -115,8 +136,12 @@ class Folder:
     def write_with(self, path: str, fill: Callable[[IO[bytes]], Any]) -> None:
         """Create `path` whole: `fill(stream)` writes it; no reader ever sees a part of it."""
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.at(path)) as stream:
-                fill(stream)
+            # Closing an upload completes it, also after an error: what is written has to be whole before it begins.
+            with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as whole:
+                fill(whole)  # type: ignore[arg-type]
+                whole.seek(0)
+                with self.filesystem.open_output_stream(self.at(path)) as stream:
+                    shutil.copyfileobj(whole, stream, 1 << 20)
             return
         target = Path(self.at(path))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -194,10 +219,13 @@ def lease(folder: Folder, what: str) -> Iterator[None]:
         "since": time.time(),
     }
     _take(folder, mine)
-    stop = threading.Event()
+    stop, lost = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not stop.wait(LEASE_BEAT_S):
+            if not _is_mine(folder, mine):
+                lost.set()
+                return
             folder.write_json(LEASE_FILE, {**mine, "beat": time.time()})
 
     heart = threading.Thread(target=beat, name="lease", daemon=True)
@@ -207,7 +235,22 @@ def lease(folder: Folder, what: str) -> Iterator[None]:
     finally:
         stop.set()
         heart.join()
-        folder.delete(LEASE_FILE)
+        if not lost.is_set() and _is_mine(folder, mine):
+            folder.delete(LEASE_FILE)
+    if lost.is_set():
+        raise LeaseHeldError(
+            f"{folder.url} was taken by another process meanwhile; run the same command again once it has ended"
+        )
+
+
+def _is_mine(folder: Folder, mine: dict[str, Any]) -> bool:
+    """Whether the lease that stands is ours; a store that cannot be asked is not taken for lost."""
+    try:
+        return folder.read_json(LEASE_FILE).get("token") == mine["token"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def _take(folder: Folder, mine: dict[str, Any]) -> None:

@@ -41,7 +41,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 @app.command(epilog="Example: `sluice curate configs/dedupe.yaml --input 'data/{00000..00003}.tar' --output curated`")
 def curate(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML (sluice init writes one).")],
-    input_url: Annotated[str | None, typer.Option("--input", help="Raw data: file, folder or pattern.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="Raw data: file, folder or pattern. Repeatable.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", help="Where snapshots go (folder or URL).")] = None,
     sets: Sets = None,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Try the recipe on this many rows.")] = 0,
@@ -56,6 +58,16 @@ def curate(
         list[str] | None,
         typer.Option("--parent", help="Earlier snapshot whose held-out split is inherited. Repeatable."),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            help="Earlier snapshot whose rows are not taken again, or benchmark images or prompts. Repeatable.",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure rows again that a stage could not measure, and only those.")
+    ] = False,
     catalog: CatalogUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,10 +75,7 @@ def curate(
     from pipelines import runner
     from pipelines.recipe import load_recipe
 
-    overrides = list(sets or [])
-    if input_url is not None:
-        overrides.append(f"input.url={_yaml_text(input_url)}")
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, sets or [], inputs or [])
     options = runner.Options(
         output=output or loaded.output or f"curated/{recipe.stem}",
         engine="local" if local else "ray",
@@ -75,6 +84,8 @@ def curate(
         device=device,
         limit=limit,
         parents=tuple(parent or ()),
+        against=tuple(against or ()),
+        retry_failed=retry_failed,
         catalog=catalog,
         quiet=as_json,
         command=runner.command_line(),
@@ -82,10 +93,12 @@ def curate(
     if dry_run:
         from cluster.engine import open_engine
         from cluster.storage import Folder
+        from pipelines.against import with_contamination
 
         store = Folder(options.output)
         with open_engine("local") as engine:
-            typer.echo(runner.describe_plan(runner.plan_run(loaded, options, store, engine), store))
+            planned = with_contamination(loaded, options.against)
+            typer.echo(runner.describe_plan(runner.plan_run(planned, options, store, engine), store))
         return
     _announce(runner.curate(loaded, options), as_json)
 
@@ -100,6 +113,9 @@ def select(
     measure_missing: Annotated[
         bool, typer.Option("--measure-missing", help="Measure rows that the new rules revive, at their cost.")
     ] = False,
+    subset: Annotated[
+        Path | None, typer.Option("--subset", help="Write the kept rows' uids here, as DataComp's sorted .npy.")
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Run on Ray; judging small data is quicker without.")] = False,
     workers: Workers = 0,
     models: Models = None,
@@ -111,6 +127,7 @@ def select(
     import yaml
 
     from pipelines import runner
+    from pipelines.readers.subset import write_subset
     from pipelines.recipe import RecipeError, load_recipe
     from pipelines.snapshot import open_snapshot
 
@@ -134,7 +151,12 @@ def select(
         quiet=as_json,
         command=runner.command_line(),
     )
-    _announce(runner.select(source, load_recipe(base, sets or []), options, measure_missing), as_json)
+    chosen = runner.select(source, load_recipe(base, sets or []), options, measure_missing)
+    _announce(chosen, as_json)
+    if subset is not None:
+        with subset.open("wb") as stream:
+            count = write_subset(stream, chosen.subset_uids())
+        typer.echo(f"wrote {subset}: {count:,} uids", err=as_json)
 
 
 @app.command(epilog="Example: `sluice init photos/ --output recipe.yaml`")
@@ -153,11 +175,6 @@ def init(
     output.write_text(text)
     typer.echo(summary)
     typer.echo(f"\nwrote {output}\ntry it:  sluice curate {output} --limit 200 --output trial")
-
-
-def _yaml_text(text: str) -> str:
-    """A string as YAML reads it back unchanged (patterns hold braces)."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _environment_models() -> tuple[str, ...]:

@@ -4,6 +4,10 @@ Rows that could not be read or measured are failed. Then each rule sees the rows
 looks at rows one by one (the ledger keeps the first that failed and the list of all), a barrier at the small columns
 of all rows alive. Nothing here reads an image or runs a model, so judging again with other thresholds takes seconds.
 
+Here is what happens to the rows of one piece, a run of consecutive shards: `advance` takes them through the rules up to
+the next barrier, whose answer comes from elsewhere (pipelines.barriers), and is laid in by `lay`. pipelines.judging
+drives the pieces.
+
 A stage that comes `after` some rules is measured only on rows that passed them. The same function, stopped after
 those rules, says which; the errors of such a stage count from that step on and not before, so both runs see the same
 rows at each step.
@@ -12,20 +16,18 @@ rows at each step.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pat
 
 from cluster.storage import Folder
-from pipelines.measure import READER_COLUMNS, read_columns, write_table
+from pipelines.measure import READER_COLUMNS, read_columns
 from pipelines.recipe import HeldOut
-from pipelines.snapshot import open_snapshot
-from stages.contract import digest_of
 from stages.rules import OCCURRENCE, Rule, Verdicts
 
 JUDGE_VERSION = 1
@@ -46,6 +48,22 @@ VERDICT_SCHEMA = pa.schema(
 )
 
 
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("rejected", pa.bool_()),
+        ("reason", pa.string()),
+        ("value", pa.float64()),
+        ("threshold", pa.float64()),
+        ("keeper", pa.int64()),
+        ("keeper_uid", pa.string()),
+        ("distance", pa.float64()),
+        ("failed", pa.bool_()),
+        ("recorded", pa.int64()),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class JudgedShard:
     """Where one shard's rows and finished units lie in the store."""
@@ -53,13 +71,7 @@ class JudgedShard:
     digest: str
     rows: str
     units: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Gating:
-    """For each stage, how many of the rules must be passed before it looks at a row (0: none)."""
-
-    rules_before: Mapping[str, int]
+    dataset: str = ""
 
 
 class NotMeasuredError(ValueError):
@@ -71,9 +83,73 @@ class NotMeasuredError(ValueError):
         super().__init__(f"these rules revive rows that were never measured: {listed}")
 
 
+class Steps(TypedDict):
+    """What one rule did to some rows."""
+
+    rows_in: int
+    rejected: int
+    failed: int
+
+
+@dataclass
+class Answer:
+    """What a rule said about the rows that it rejected or could not judge, and, if it records a number of each row,
+    about all it saw; arrays and lists of the same length.
+
+    row: position in the piece. keeper: id of the row kept instead, -1 for none; keeper_uid: None for none. recorded: -1
+    for none.
+    """
+
+    row: np.ndarray
+    rejected: np.ndarray
+    reason: list[str | None]
+    value: np.ndarray
+    threshold: np.ndarray
+    keeper: np.ndarray
+    keeper_uid: list[str | None]
+    distance: np.ndarray
+    failed: np.ndarray
+    recorded: np.ndarray
+
+    @classmethod
+    def none(cls) -> Answer:
+        return cls.from_table(ANSWER_SCHEMA.empty_table())
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Answer:
+        lists = {name: table[name].to_pylist() for name in ("reason", "keeper_uid")}
+        return cls(**lists, **{name: table[name].to_numpy() for name in ANSWER_SCHEMA.names if name not in lists})
+
+    def to_table(self) -> pa.Table:
+        return pa.table({name: getattr(self, name) for name in ANSWER_SCHEMA.names}, schema=ANSWER_SCHEMA)
+
+    @classmethod
+    def of(cls, found: Verdicts, rows: np.ndarray, ids: np.ndarray, uids: np.ndarray) -> Answer:
+        """A rule's verdicts over rows with these positions, ids and uids."""
+        failed = np.zeros(len(rows), bool)
+        failed[list(found.failures)] = True
+        failed &= ~found.rejected
+        told = np.flatnonzero(found.rejected | failed if found.recorded is None else np.ones(len(rows), bool))
+        keeper = found.keeper[told] if found.keeper is not None else np.full(len(told), -1)
+        distance = found.distance[told] if found.distance is not None else np.full(len(told), np.nan)
+        return cls(
+            row=rows[told],
+            rejected=found.rejected[told],
+            reason=[found.failures[row] if failed[row] else found.reasons.get(row) for row in told.tolist()],
+            value=found.value[told],
+            threshold=np.full(len(told), found.threshold, np.float64),
+            keeper=np.where(keeper >= 0, ids[keeper], -1) if len(ids) else keeper,
+            keeper_uid=[uids[row] if row >= 0 else None for row in keeper.tolist()],
+            distance=np.where(keeper >= 0, distance, np.nan),
+            failed=failed[told],
+            recorded=found.recorded[told] if found.recorded is not None else np.full(len(told), -1),
+        )
+
+
 @dataclass
 class Judgement:
-    """Verdicts over all rows of all shards, as arrays in shard order."""
+    """Verdicts so far over the rows of one piece. keeper: id of the row kept instead, -1 for none. recorded: by
+    `<rule>.<name>`, what rules recorded of rows, -1 where nothing."""
 
     verdict: np.ndarray
     stage: list[str | None]
@@ -83,78 +159,144 @@ class Judgement:
     threshold: np.ndarray
     failed_rules: list[list[str]]
     keeper: np.ndarray
+    keeper_uid: list[str | None]
     distance: np.ndarray
-    funnel: dict[str, Any] = field(default_factory=dict)
-    cuts: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, np.ndarray] = field(default_factory=dict)
 
-
-def evaluate(
-    rules: Mapping[str, Rule],
-    columns: Mapping[str, pa.ChunkedArray],
-    errors: Mapping[str, list[str | None]],
-    gating: Gating,
-) -> Judgement:
-    """Apply `rules` in order.
-
-    columns: every column the rules need, of all rows. errors: of each stage, in recipe order.
-
-    Raises NotMeasuredError where a rule needs a column of an alive row that a gate kept from being measured.
-    """
-    count = len(columns["uid"])
-    judged = Judgement(
-        verdict=np.full(count, "kept", dtype=object),
-        stage=[None] * count,
-        rule=[None] * count,
-        reason=[None] * count,
-        value=np.full(count, np.nan),
-        threshold=np.full(count, np.nan),
-        failed_rules=[[] for _ in range(count)],
-        keeper=np.full(count, -1, np.int64),
-        distance=np.full(count, np.nan),
-    )
-    alive = np.ones(count, bool)
-    gated = {stage: np.array([_is_gate(error) for error in listed]) for stage, listed in errors.items()}
-    steps = []
-    for position, (name, rule) in enumerate([*rules.items(), ("", None)]):
-        for stage, listed in errors.items():
-            if gating.rules_before.get(stage, 0) == position:
-                _fail(judged, alive, stage, listed, gated[stage])
-        if rule is None:
-            break
-        _refuse_unmeasured(rule, alive, gated)
-        before = int(alive.sum())
-        _apply(judged, alive, name, rule, columns, gated)
-        left = int(alive.sum())
-        unjudged = sum(
-            verdict == "failed" and at == name for verdict, at in zip(judged.verdict, judged.rule, strict=True)
+    @classmethod
+    def begin(cls, count: int) -> Judgement:
+        return cls(
+            verdict=np.full(count, "kept", dtype=object),
+            stage=[None] * count,
+            rule=[None] * count,
+            reason=[None] * count,
+            value=np.full(count, np.nan),
+            threshold=np.full(count, np.nan),
+            failed_rules=[[] for _ in range(count)],
+            keeper=np.full(count, -1, np.int64),
+            keeper_uid=[None] * count,
+            distance=np.full(count, np.nan),
         )
-        steps.append(
+
+    @property
+    def alive(self) -> np.ndarray:
+        return self.verdict == "kept"
+
+    def to_table(self) -> pa.Table:
+        """As it is kept between steps; the fields of VERDICT_SCHEMA but the split, and the keeper's id."""
+        return pa.table(
             {
-                "rule": name,
-                "type": rule.type,
-                "column": rule.needs[0],
-                "threshold": rule.threshold_text(),
-                "in": before,
-                "rejected": before - left - unjudged,
-                "failed": unjudged,
-                "out": left,
+                "verdict": pa.array(self.verdict.tolist(), pa.string()),
+                "stage": pa.array(self.stage, pa.string()),
+                "rule": pa.array(self.rule, pa.string()),
+                "reason": pa.array(self.reason, pa.string()),
+                "value": pa.array(self.value, from_pandas=True),
+                "threshold": pa.array(self.threshold, from_pandas=True),
+                "failed_rules": pa.array(self.failed_rules, pa.list_(pa.string())),
+                "keeper": pa.array(self.keeper),
+                "keeper_uid": pa.array(self.keeper_uid, pa.string()),
+                "distance": pa.array(self.distance, from_pandas=True),
+                **{name: pa.array(values, pa.int64()) for name, values in self.recorded.items()},
             }
         )
-    failures = Counter(
-        f"{stage}: {reason}"
-        for verdict, stage, reason in zip(judged.verdict, judged.stage, judged.reason, strict=True)
-        if verdict == "failed"
-    )
-    judged.funnel = {
-        "rows_in": count,
-        "failed": int((judged.verdict == "failed").sum()),
-        "rejected": int((judged.verdict == "rejected").sum()),
-        "kept": int(alive.sum()),
-        "failures": dict(sorted(failures.items())),
-        "steps": steps,
-    }
-    check_balance(judged.funnel)
-    return judged
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Judgement:
+        def floats(name: str) -> np.ndarray:
+            return to_numpy(table[name].cast(pa.float64())).copy()
+
+        return cls(
+            verdict=to_numpy(table["verdict"]),
+            stage=table["stage"].to_pylist(),
+            rule=table["rule"].to_pylist(),
+            reason=table["reason"].to_pylist(),
+            value=floats("value"),
+            threshold=floats("threshold"),
+            failed_rules=table["failed_rules"].to_pylist(),
+            keeper=table["keeper"].to_numpy().copy(),
+            keeper_uid=table["keeper_uid"].to_pylist(),
+            distance=floats("distance"),
+            recorded={name: table[name].to_numpy().copy() for name in table.column_names if "." in name},
+        )
+
+    def fail_unmeasured(self, stage: str, errors: Sequence[str | None]) -> None:
+        """Rows still alive that `stage` could not measure are failed; gated ones wait for a rule that needs them."""
+        alive = self.alive
+        for row, error in enumerate(errors):
+            if error is not None and alive[row] and not _is_gate(error):
+                self.verdict[row], self.stage[row], self.reason[row] = "failed", stage, error
+
+    def lay(self, name: str, rule: Rule, answer: Answer) -> None:
+        """One rule's answer: the first rule to reject a row decides, the others are listed."""
+        alive = self.alive
+        source = rule.needs[0].partition(".")[0] if "." in rule.needs[0] else "read"
+        if rule.records:
+            recorded = self.recorded.setdefault(f"{name}.{rule.records.name}", np.full(len(alive), -1, np.int64))
+            recorded[answer.row] = answer.recorded
+        for place, row in enumerate(answer.row.tolist()):
+            if answer.rejected[place]:
+                self.failed_rules[row].append(name)
+            answered = answer.failed[place] or (answer.rejected[place] and not rule.marks)
+            if not alive[row] or not answered:
+                continue
+            self.rule[row], self.reason[row] = name, answer.reason[place]
+            if not answer.rejected[place]:
+                self.verdict[row], self.stage[row] = "failed", rule.needs[0].partition(".")[0]
+                continue
+            self.verdict[row], self.stage[row] = "rejected", source
+            self.value[row], self.threshold[row] = answer.value[place], answer.threshold[place]
+            self.keeper[row], self.keeper_uid[row] = answer.keeper[place], answer.keeper_uid[place]
+            self.distance[row] = answer.distance[place]
+
+
+@dataclass
+class Advanced:
+    """Where a piece stands: the position of the barrier that must answer next (the number of rules: at the end), what
+    each rule did, and where a rule needs rows that were never measured, its position and how many by stage."""
+
+    position: int
+    steps: dict[int, Steps] = field(default_factory=dict)
+    missing: tuple[int, dict[str, int]] | None = None
+
+
+def advance(
+    judged: Judgement,
+    rules: Sequence[tuple[str, Rule]],
+    columns: Mapping[str, pa.ChunkedArray],
+    errors: Mapping[str, Sequence[str | None]],
+    rules_before: Mapping[str, int],
+    first: int = 0,
+    answer: Answer | None = None,
+) -> Advanced:
+    """Take rows through `rules` from position `first` up to the next barrier without an answer.
+
+    columns: every column the rules on the way need. errors: of each stage, in recipe order; they count from the step on
+    that the stage looks at rows (rules_before). answer: of the barrier at `first`, for these rows.
+    """
+    done = Advanced(first)
+    gated = {stage: np.array([_is_gate(error) for error in listed], bool) for stage, listed in errors.items()}
+    for position in range(first, len(rules) + 1):
+        done.position = position
+        if answer is None:
+            for stage, listed in errors.items():
+                if rules_before.get(stage, 0) == position:
+                    judged.fail_unmeasured(stage, listed)
+            if position == len(rules):
+                break
+            missing = _unmeasured(rules[position][1], judged.alive, gated)
+            if missing:
+                done.missing = (position, missing)
+                break
+            if rules[position][1].barrier:
+                break
+        name, rule = rules[position]
+        alive_before = judged.alive
+        judged.lay(name, rule, answer if answer is not None else _look(judged, rule, columns, gated))
+        answer = None
+        rejected = int((alive_before & (judged.verdict == "rejected")).sum())
+        failed = int((alive_before & (judged.verdict == "failed")).sum())
+        done.steps[position] = {"rows_in": int(alive_before.sum()), "rejected": rejected, "failed": failed}
+    return done
 
 
 def check_balance(funnel: Mapping[str, Any]) -> None:
@@ -168,136 +310,113 @@ def _is_gate(error: str | None) -> bool:
     return error is not None and error.startswith("not_measured(")
 
 
-def _fail(judged: Judgement, alive: np.ndarray, stage: str, errors: list[str | None], gated: np.ndarray) -> None:
-    for row in np.flatnonzero(alive).tolist():
-        if errors[row] is not None and not gated[row]:
-            judged.verdict[row], judged.stage[row], judged.reason[row] = "failed", stage, errors[row]
-            alive[row] = False
-
-
 def _stages_of(rule: Rule) -> set[str]:
     return {name.partition(".")[0] for name in rule.needs if "." in name}
 
 
-def _refuse_unmeasured(rule: Rule, alive: np.ndarray, gated: Mapping[str, np.ndarray]) -> None:
+def _unmeasured(rule: Rule, alive: np.ndarray, gated: Mapping[str, np.ndarray]) -> dict[str, int]:
     missing = {stage: int((gated[stage] & alive).sum()) for stage in sorted(_stages_of(rule)) if stage in gated}
-    missing = {stage: rows for stage, rows in missing.items() if rows}
-    if missing:
-        raise NotMeasuredError(missing)
+    return {stage: rows for stage, rows in missing.items() if rows}
 
 
-def _apply(
-    judged: Judgement,
-    alive: np.ndarray,
-    name: str,
-    rule: Rule,
-    columns: Mapping[str, pa.ChunkedArray],
-    gated: Mapping[str, np.ndarray],
-) -> None:
-    """One step: the rule's own answer for the rows it may see, laid into the judgement."""
-    measured = np.ones(len(alive), bool)
+def _look(
+    judged: Judgement, rule: Rule, columns: Mapping[str, pa.ChunkedArray], gated: Mapping[str, np.ndarray]
+) -> Answer:
+    """What a row rule says. It is asked wherever it can be, so that the ledger lists every rule that a row fails;
+    failed rows have nothing to ask about."""
+    measured = judged.verdict != "failed"
     for stage in _stages_of(rule):
-        measured &= ~gated.get(stage, np.zeros(len(alive), bool))
-    # A row rule is evaluated wherever it can be, so that the ledger lists every rule that a row fails; failed rows have
-    # nothing to evaluate. A barrier sees rows alive at this step alone.
-    seen = np.flatnonzero(alive if rule.barrier else measured & (judged.verdict != "failed"))
+        if stage in gated:
+            measured = measured & ~gated[stage]
+    seen = np.flatnonzero(measured)
     if not len(seen):
-        return
-    table = {column: to_numpy(columns[column].take(pa.array(seen))) for column in {*rule.needs, *OCCURRENCE}}
-    answer = rule.judge(table)
-    if answer.cut is not None:
-        judged.cuts[name] = answer.cut
-    for local in np.flatnonzero(answer.rejected).tolist():
-        row = int(seen[local])
-        judged.failed_rules[row].append(name)
-        if alive[row]:
-            _reject(judged, row, local, name, rule, answer, seen)
-            alive[row] = False
-    for local, reason in answer.failures.items():
-        row = int(seen[local])
-        if alive[row]:
-            judged.verdict[row], judged.rule[row], judged.reason[row] = "failed", name, reason
-            judged.stage[row] = rule.needs[0].partition(".")[0]
-            alive[row] = False
+        return Answer.none()
+    table = table_of(columns, rule.needs, seen)
+    return Answer.of(rule.judge(table), seen, seen, table["uid"])
 
 
-def _reject(judged: Judgement, row: int, local: int, name: str, rule: Rule, answer: Verdicts, seen: np.ndarray) -> None:
-    judged.verdict[row], judged.rule[row] = "rejected", name
-    judged.stage[row] = rule.needs[0].partition(".")[0] if "." in rule.needs[0] else "read"
-    judged.reason[row] = answer.reasons.get(local)
-    judged.value[row], judged.threshold[row] = answer.value[local], answer.threshold
-    if answer.keeper is not None and answer.keeper[local] >= 0:
-        judged.keeper[row] = seen[answer.keeper[local]]
-        judged.distance[row] = answer.distance[local] if answer.distance is not None else np.nan
+def table_of(
+    columns: Mapping[str, pa.ChunkedArray], needs: Sequence[str], rows: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The columns that a rule needs, and those of an occurrence, as numpy arrays."""
+    taken = None if rows is None else pa.array(rows)
+    return {
+        name: to_numpy(columns[name] if taken is None else columns[name].take(taken)) for name in {*needs, *OCCURRENCE}
+    }
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """A column as rules want it: integers stay exact where none is null, else floats with NaN; the rest are objects."""
+    """A column as rules want it: integers stay exact where none is null, else floats with NaN; bytes of one length and
+    vectors as (N, C) matrices, zeros or NaN where null; the rest are objects."""
     kind = column.type
     if pat.is_floating(kind):
         return column.cast(pa.float64()).to_numpy()
     if pat.is_integer(kind):
         return column.to_numpy() if column.null_count == 0 else column.cast(pa.float64()).to_numpy()
+    if pat.is_fixed_size_binary(kind):
+        filled = pc.fill_null(column, bytes(kind.byte_width)) if column.null_count else column
+        return np.frombuffer(b"".join(filled.to_pylist()), np.uint8).reshape(len(column), kind.byte_width)
+    if _is_vector(column):
+        return _matrix(column)
     values = np.empty(len(column), dtype=object)
     values[:] = column.to_pylist()
     return values
 
 
+def _is_vector(column: pa.ChunkedArray) -> bool:
+    """Whether a column holds vectors of floats; lists of several lengths are none."""
+    kind = column.type
+    if not (pat.is_list(kind) or pat.is_fixed_size_list(kind)) or not pat.is_floating(kind.value_type):
+        return False
+    return len(pc.unique(pc.list_value_length(column.drop_null()))) <= 1
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """(N, C) of a column of vectors of one length, in their own type; NaN where null. Raises ValueError."""
+    array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    known = np.asarray(array.is_valid())
+    flat = array.drop_null().flatten().to_numpy(zero_copy_only=False)
+    if not known.any():
+        return np.full((len(known), 0), np.nan, flat.dtype)
+    width = len(flat) // int(known.sum())
+    if len(flat) != width * int(known.sum()):
+        raise ValueError("a column of vectors holds vectors of several lengths")
+    if known.all():
+        return flat.reshape(len(known), width)
+    matrix = np.full((len(known), width), np.nan, flat.dtype)
+    matrix[known] = flat.reshape(-1, width)
+    return matrix
+
+
 # --- held-out split --------------------------------------------------------------------------------------------------
 
 
-def split_of_groups(
-    held_out: HeldOut,
-    image_ids: Sequence[str | None],
-    keeper: np.ndarray,
-    verdict: np.ndarray,
-    inherited: Mapping[str, str],
-) -> tuple[list[str | None], dict[str, Any]]:
-    """The side, "train" or "held_out", of every row in a duplicate group whose keeper is kept; None for other rows.
+def drawn_side(held_out: HeldOut, image_id: str | None) -> str:
+    """The side of a group whose kept row has this image: by its hash and the seed, and nothing else."""
+    draw = int(hashlib.sha256(f"held-out {held_out.seed} {image_id}".encode()).hexdigest()[:15], 16)
+    return "held_out" if draw < held_out.fraction * 16**15 else "train"
 
-    A group is a kept row and every row dropped for it, directly or through its keeper's keeper. A side is inherited
-    from parent snapshots (image_id -> side), held-out winning where groups merge; else it is drawn by hash of the
-    keeper's image, so that it depends on nothing but the image and the seed.
-    """
-    root = np.arange(len(keeper))
-    for row in np.flatnonzero(keeper >= 0).tolist():
-        top = row
-        while keeper[top] >= 0:
-            top = int(keeper[top])
-        root[row] = top
-    grouped = np.array([verdict[top] == "kept" for top in root], bool)
-    sides: dict[int, str] = {}
-    from_parents = 0
-    for row in np.flatnonzero(grouped).tolist():
-        side = inherited.get(image_ids[row] or "")
-        if side and sides.get(int(root[row])) != "held_out":
-            sides[int(root[row])] = side
-    from_parents = len(sides)
-    split: list[str | None] = [None] * len(keeper)
-    for row in np.flatnonzero(grouped).tolist():
-        top = int(root[row])
-        if top not in sides:
-            draw = int(hashlib.sha256(f"held-out {held_out.seed} {image_ids[top]}".encode()).hexdigest()[:15], 16)
-            sides[top] = "held_out" if draw < held_out.fraction * 16**15 else "train"
-        split[row] = sides[top]
-    kept = np.flatnonzero(verdict == "kept").tolist()
-    summary = {
-        "fraction": held_out.fraction,
-        "rows": sum(split[row] == "held_out" for row in kept),
-        "groups": sum(side == "held_out" for side in sides.values()),
-        "inherited": from_parents,
-    }
-    return split, summary
+
+def roots_of(rows: np.ndarray, keepers: np.ndarray) -> np.ndarray:
+    """The id at the end of each row's chain of keepers. rows: ids of dropped rows, sorted; keepers: theirs."""
+    roots = keepers.copy()
+    while len(rows):
+        place = np.minimum(np.searchsorted(rows, roots), len(rows) - 1)
+        further = rows[place] == roots
+        if not further.any():
+            break
+        roots[further] = keepers[place[further]]
+    return roots
 
 
 # --- over a store's finished units -----------------------------------------------------------------------------------
 
 
-def _gather_columns(
+def gather_columns(
     store: Folder, shards: Sequence[JudgedShard], rules: Mapping[str, Rule], stages: Sequence[str]
 ) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str | None]], list[int]]:
-    """The small columns that `rules` need, of all shards; the errors of `stages`; and each shard's row count."""
-    wanted = {name for rule in rules.values() for name in rule.needs if name not in ("image", "shard")}
+    """The small columns that `rules` need, of these shards; the errors of `stages`; and each shard's row count."""
+    wanted = {name for rule in rules.values() for name in rule.needs if name not in ("image", "shard", "dataset")}
     reader = sorted({"uid", "image_id", "index", "error"} | {name for name in wanted if name in READER_COLUMNS})
     parts: dict[str, list[pa.ChunkedArray]] = {}
     errors: dict[str, list[str | None]] = {"read": [], **{stage: [] for stage in stages}}
@@ -307,7 +426,9 @@ def _gather_columns(
         counts.append(rows.num_rows)
         for name in reader:
             parts.setdefault(name, []).append(rows[name])
-        parts.setdefault("shard", []).append(pa.chunked_array([pa.array([shard.digest] * rows.num_rows, pa.string())]))
+        for name, value in (("shard", shard.digest), ("dataset", shard.dataset or None)):
+            constant = pa.array([value] * rows.num_rows, pa.string())
+            parts.setdefault(name, []).append(pa.chunked_array([constant]))
         errors["read"].extend(rows["error"].to_pylist())
         for stage in stages:
             mine = sorted(name for name in wanted if name.partition(".")[0] == stage)
@@ -320,92 +441,3 @@ def _gather_columns(
         for name, chunked in parts.items()
     }
     return columns, errors, counts
-
-
-def judge_gate(
-    store_url: str,
-    shards: Sequence[JudgedShard],
-    rules: Mapping[str, Rule],
-    stages: Sequence[str],
-    gating: Gating,
-    paths: Sequence[str],
-) -> list[str]:
-    """Which rows the next stages may look at: writes one gate file a shard to `paths`, returns their digests."""
-    store = Folder(store_url)
-    columns, errors, counts = _gather_columns(store, shards, rules, stages)
-    judged = evaluate(rules, columns, errors, gating)
-    gates = [
-        None if verdict == "kept" else f"not_measured({rule or stage})"
-        for verdict, rule, stage in zip(judged.verdict, judged.rule, judged.stage, strict=True)
-    ]
-    digests = []
-    first = 0
-    for path, count in zip(paths, counts, strict=True):
-        mine = gates[first : first + count]
-        first += count
-        write_table(store, path, pa.table({"gate": pa.array(mine, pa.string())}))
-        digests.append(digest_of("gate", mine))
-    return digests
-
-
-def judge_all(
-    store_url: str,
-    shards: Sequence[JudgedShard],
-    rules: Mapping[str, Rule],
-    stages: Sequence[str],
-    gating: Gating,
-    held_out: HeldOut,
-    parents: Sequence[str],
-    paths: Sequence[str],
-) -> dict[str, Any]:
-    """The final verdicts: writes one verdict file a shard to `paths`; returns funnel, cuts, split and file digests.
-
-    parents: snapshots whose sides of the held-out split are inherited. Rows that a rule needs and no stage has measured
-    come back as {"missing": {stage: rows}}, since this runs in another process than the one that has to say so.
-    """
-    inherited: dict[str, str] = {}
-    for parent in parents:
-        for image_id, side in open_snapshot(parent).sides().items():
-            if inherited.get(image_id) != "held_out":
-                inherited[image_id] = side
-    store = Folder(store_url)
-    columns, errors, counts = _gather_columns(store, shards, rules, stages)
-    try:
-        judged = evaluate(rules, columns, errors, gating)
-    except NotMeasuredError as problem:
-        return {"missing": problem.missing}
-    image_ids = columns["image_id"].to_pylist()
-    split, held_out_summary = split_of_groups(held_out, image_ids, judged.keeper, judged.verdict, inherited)
-    uids = columns["uid"].to_pylist()
-    keeper_uid = [uids[row] if row >= 0 else None for row in judged.keeper]
-    table = pa.table(
-        {
-            "verdict": pa.array(judged.verdict.tolist(), pa.string()),
-            "stage": pa.array(judged.stage, pa.string()),
-            "rule": pa.array(judged.rule, pa.string()),
-            "reason": pa.array(judged.reason, pa.string()),
-            "value": pa.array(judged.value, from_pandas=True),
-            "threshold": pa.array(judged.threshold, from_pandas=True),
-            "failed_rules": pa.array(judged.failed_rules, pa.list_(pa.string())),
-            "keeper_uid": pa.array(keeper_uid, pa.string()),
-            "distance": pa.array(judged.distance, from_pandas=True),
-            "split": pa.array(split, pa.string()),
-        },
-        schema=VERDICT_SCHEMA,
-    )
-    digests, kept = [], []
-    first = 0
-    for path, count in zip(paths, counts, strict=True):
-        part = table.slice(first, count)
-        first += count
-        write_table(store, path, part)
-        digests.append(digest_of("verdicts", part.to_pylist()))
-        kept.append(sum(verdict == "kept" for verdict in part["verdict"].to_pylist()))
-    return {
-        "funnel": judged.funnel,
-        "cuts": judged.cuts,
-        "held_out": held_out_summary,
-        "digests": digests,
-        "rows": counts,
-        "kept": kept,
-    }

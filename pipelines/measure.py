@@ -3,26 +3,30 @@
 A task names a shard, where its units lie and which of them are still to be made. The worker streams the shard's
 samples once; every cheap stage of the pass sees the same decoded picture, and pixels are let go after each transport
 batch. A model stage (compute_batch > 0) sees the shard's measured rows in order, in batches of its own size, whatever
-the transport batch.
+the transport batch. While a model computes one batch in a thread of its own, the rows of the next ones are read here
+and made ready in others: which thread does what decides nothing about the numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import json
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.engine import chunked
 from cluster.storage import Folder
 from pipelines.readers import InputShard, Sample, read
-from stages.contract import Batch, Column, Context, LazyImage, Measure, Stage
-from stages.decode import EncodedImage, sniff
+from stages.contract import Batch, Column, Columns, Context, LazyImage, Measure, PreparedMeasure, Stage
+from stages.decode import EncodedImage, PixelBudget, sniff
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -38,9 +42,16 @@ ROWS_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("size_bytes", pa.int64()),
         ("ext", pa.string()),
+        ("metadata", pa.string()),
         ("error", pa.string()),
     ]
 )
+# Batches of a model that wait, ready or nearly so, behind the one it computes.
+BATCHES_AHEAD = 2
+# Threads that make rows ready for a model on an accelerator; beside a model on the CPU there is one.
+MOST_PREPARING_THREADS = 8
+# Encoded bytes that one portion of samples may hold, whatever the transport batch.
+TRANSPORT_BYTES = 64 << 20
 # Reader columns that stages and rules may name without a stage before them.
 READER_COLUMNS = (*ROWS_SCHEMA.names, "shard", "image")
 
@@ -98,12 +109,14 @@ class StageJob:
 
 @dataclass
 class _Gathered:
-    """One stage's answers for a shard, row by row, and the rows waiting for its next batch."""
+    """One stage's answers for a shard, row by row, the rows waiting for its next batch, and batches on their way."""
 
     job: StageJob
     values: dict[str, list[Any]]
     errors: list[str | None] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
+    known: dict[str, list[Any]] | None = None
+    under_way: deque[tuple[list[int], Future[Columns]]] = field(default_factory=deque)
 
 
 class MeasureWorker:
@@ -115,6 +128,10 @@ class MeasureWorker:
         self.transport_batch: int = config["transport_batch"]
         self.jobs = [StageJob.from_json(job) for job in config["jobs"]]
         self.opened: dict[str, Measure] = {}
+        # Threads start when first given something to do: a worker of cheap measures has none but its own.
+        threads = 1 if self.context.device == "cpu" else min(MOST_PREPARING_THREADS, os.cpu_count() or 1)
+        self.preparing = ThreadPoolExecutor(threads, "prepare")
+        self.computing = ThreadPoolExecutor(1, "compute")
 
     def measure_of(self, job: StageJob) -> Measure:
         if job.name not in self.opened:
@@ -163,16 +180,17 @@ class MeasureWorker:
         task: dict[str, Any],
     ) -> pa.Table:
         """One pass over the shard's bytes: write its rows if that is still to be done, and feed the stages."""
-        gathered = [_gather(job) for job in jobs]
+        gathered = [self._gather(job, task) for job in jobs]
         described: list[dict[str, Any]] = []
         index = 0
         pending: dict[int, tuple[dict[str, Any], EncodedImage]] = {}
-        for samples in chunked(read(shard), self.transport_batch):
+        for samples in _portions(read(shard), self.transport_batch):
+            budget = PixelBudget()
             for sample in samples:
                 row = _describe(sample, index)
                 if rows is None:
                     described.append(row)
-                pending[index] = (row, EncodedImage(sample.data, sample.error))
+                pending[index] = (row, EncodedImage(sample.data, sample.error or sample.absent, budget=budget))
                 index += 1
             for part in gathered:
                 self._take(part, pending, range(index - len(samples), index), gates, task["digest"])
@@ -182,6 +200,7 @@ class MeasureWorker:
                 image.release()
         for part in gathered:
             self._flush(part, pending, len(part.waiting), task["digest"])
+            self._collect(part)
         if rows is None:
             rows = pa.Table.from_pylist(described, schema=ROWS_SCHEMA)
             write_table(self.store, task["rows"], rows)
@@ -211,9 +230,10 @@ class MeasureWorker:
             for index in range(rows.num_rows)
         }
         for job in jobs:
-            part = _gather(job)
+            part = self._gather(job, task)
             self._take(part, pending, range(rows.num_rows), gates, task["digest"])
             self._flush(part, pending, len(part.waiting), task["digest"])
+            self._collect(part)
             self._write(part, task)
 
     def _take(
@@ -232,7 +252,11 @@ class MeasureWorker:
             broken = pending[row][0]["error"] if not _stage_columns(part.job) else None
             part.errors.append(gate or broken)
             if gate is None and broken is None:
-                part.waiting.append(row)
+                if part.known and part.known["error"][row] is None:
+                    for name, values in part.values.items():
+                        values[row] = part.known[name][row]
+                else:
+                    part.waiting.append(row)
         size = part.job.stage.compute_batch or self.transport_batch
         while len(part.waiting) >= size:
             self._flush(part, pending, size, shard)
@@ -251,15 +275,47 @@ class MeasureWorker:
         columns: dict[str, Sequence[Any]] = {name: [row[name] for row, _ in held] for name in names}
         columns["shard"] = [shard] * count
         images: list[LazyImage] = [image for _, image in held]
-        answer = self.measure_of(part.job)(Batch(columns, images))
-        for name, values in part.values.items():
-            given = answer.values[name]
-            if len(given) != count:
-                raise RuntimeError(f"stage {part.job.name} gave {len(given)} values of {name} for {count} rows")
-            for row, value in zip(chosen, given, strict=True):
-                values[row] = value
-        for row, error in zip(chosen, answer.errors or [None] * count, strict=True):
-            part.errors[row] = error
+        measure, batch = self.measure_of(part.job), Batch(columns, images)
+        if isinstance(measure, PreparedMeasure):
+            ready = [self.preparing.submit(_prepare, measure, batch, row) for row in range(count)]
+            part.under_way.append((chosen, self.computing.submit(_compute, measure, ready)))
+            self._collect(part, BATCHES_AHEAD)
+        else:
+            _keep(part, chosen, self._measured(part.job, batch))
+
+    def _collect(self, part: _Gathered, ahead: int = 0) -> None:
+        """Wait for a stage's oldest batches until only `ahead` are under way."""
+        while len(part.under_way) > ahead:
+            chosen, answer = part.under_way.popleft()
+            _keep(part, chosen, answer.result())
+
+    def _measured(self, job: StageJob, batch: Batch) -> Columns:
+        """The stage's answer; where a row breaks the stage itself, that row has an error and its neighbours do not."""
+        measure = self.measure_of(job)
+        if job.stage.compute_batch:
+            return measure(batch)
+        try:
+            return measure(batch)
+        except Exception as problem:
+            if len(batch) == 1:
+                reason = f"{job.name} breaks on it: {type(problem).__name__}"
+                return Columns({column.name: [None] for column in job.columns}, [reason])
+        rows = [
+            self._measured(job, Batch({name: [values[row]] for name, values in batch.columns.items()}, [image]))
+            for row, image in enumerate(batch.images)
+        ]
+        return Columns(
+            {column.name: [answer.values[column.name][0] for answer in rows] for column in job.columns},
+            [answer.errors[0] if answer.errors else None for answer in rows],
+        )
+
+    def _gather(self, job: StageJob, task: dict[str, Any]) -> _Gathered:
+        """An empty answer; where failed rows are taken up again, with what an earlier unit knows of the others."""
+        part = _Gathered(job, {column.name: [] for column in job.columns})
+        if earlier := task.get("known", {}).get(job.name):
+            table = pq.read_table(self.store.open(earlier))
+            part.known = {name: table[name].to_pylist() for name in table.column_names}
+        return part
 
     def _write(self, part: _Gathered, task: dict[str, Any]) -> None:
         arrays = {
@@ -270,8 +326,42 @@ class MeasureWorker:
         write_table(self.store, task["units"][part.job.name], pa.table(arrays))
 
 
-def _gather(job: StageJob) -> _Gathered:
-    return _Gathered(job, {column.name: [] for column in job.columns})
+def _portions(samples: Iterable[Sample], most: int) -> Iterator[list[Sample]]:
+    """Lists of consecutive samples: `most` of them, or fewer where TRANSPORT_BYTES are reached."""
+    portion: list[Sample] = []
+    held = 0
+    for sample in samples:
+        portion.append(sample)
+        held += len(sample.data or b"")
+        if len(portion) == most or held >= TRANSPORT_BYTES:
+            yield portion
+            portion, held = [], 0
+    if portion:
+        yield portion
+
+
+def _prepare(measure: PreparedMeasure, batch: Batch, row: int) -> Any:
+    """One row made ready, and its pixels forgotten: whole batches of decoded pictures would fill the memory."""
+    try:
+        return measure.prepare(batch, row)
+    finally:
+        batch.images[row].release()
+
+
+def _compute(measure: PreparedMeasure, ready: Sequence[Future[Any]]) -> Columns:
+    return measure.compute([row.result() for row in ready])
+
+
+def _keep(part: _Gathered, rows: Sequence[int], answer: Columns) -> None:
+    """Put a batch's answer where its rows are. Raises RuntimeError where a stage has lost or invented values."""
+    for name, values in part.values.items():
+        given = answer.values[name]
+        if len(given) != len(rows):
+            raise RuntimeError(f"stage {part.job.name} gave {len(given)} values of {name} for {len(rows)} rows")
+        for row, value in zip(rows, given, strict=True):
+            values[row] = value
+    for row, error in zip(rows, answer.errors or [None] * len(rows), strict=True):
+        part.errors[row] = error
 
 
 def _plain(values: list[Any]) -> list[Any]:
@@ -300,6 +390,7 @@ def _describe(sample: Sample, index: int) -> dict[str, Any]:
         "sha256": sha256,
         "size_bytes": len(data) if data is not None else 0,
         "ext": sniff(data) if data else None,
+        "metadata": json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False) if sample.metadata else None,
         # A sample without a picture is no failure as long as no stage asks for one: captions can be judged alone.
         "error": sample.error,
     }

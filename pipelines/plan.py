@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import Folder
+from pipelines.against import Held
 from pipelines.measure import READER_COLUMNS, StageJob
 from pipelines.readers import READER_VERSION, InputShard
 from pipelines.recipe import Recipe, RecipeError, _nearest
@@ -29,7 +30,10 @@ class Pass:
 
 @dataclass
 class Plan:
-    """What a run will do. Keys of gated units are made by the runner, once their gate has been judged."""
+    """What a run will do. Keys of gated units are made by the runner, once their gate has been judged.
+
+    retried: of units whose failed rows were taken up again, where the newer one lies.
+    """
 
     recipe: Recipe
     context: Context
@@ -40,6 +44,8 @@ class Plan:
     models: dict[str, dict[str, Any]]
     numerics: dict[str, Any]
     stage_keys: dict[str, str] = field(default_factory=dict)
+    held: Held = field(default_factory=Held)
+    retried: dict[str, str] = field(default_factory=dict)
 
     def rows_path(self, digest: str) -> str:
         return f"units/read-v{READER_VERSION}/{digest[:32]}.parquet"
@@ -48,7 +54,8 @@ class Plan:
         """Where a stage's unit for one shard lies; a gated unit's name also says which rows it was allowed to see."""
         kind = self.recipe.stages[stage].type
         suffix = f"-{gate_digest[:16]}" if gate_digest else ""
-        return f"units/{kind}-{self.stage_keys[stage][:16]}/{digest[:32]}{suffix}.parquet"
+        path = f"units/{kind}-{self.stage_keys[stage][:16]}/{digest[:32]}{suffix}.parquet"
+        return self.retried.get(path, path)
 
 
 def make_plan(
@@ -88,11 +95,14 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
     rule_names = list(recipe.rules)
     added: dict[str, str] = {}
     rules_before: dict[str, int] = {}
+    guarded = _guarded(recipe)
     for name, stage in recipe.stages.items():
         for rule in stage.after:
             if rule not in recipe.rules:
                 raise RecipeError(f"stages.{name}.after names the rule {rule!r}{_nearest(rule, rule_names)}")
         rules_before[name] = max((rule_names.index(rule) + 1 for rule in stage.after), default=0)
+        if name in guarded:
+            rules_before[name] = max(rules_before[name], guarded[name])
         for need in stage.needs:
             if need not in READER_COLUMNS and need not in added:
                 raise RecipeError(f"stages.{name} needs the column {need!r}, {_who_adds(need, recipe, added)}")
@@ -105,7 +115,7 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
         added.update({f"{name}.{column.name}": name for column in stage.adds})
     for position, (name, rule_) in enumerate(recipe.rules.items()):
         for need in rule_.needs:
-            if need not in READER_COLUMNS and need not in added:
+            if need not in (*READER_COLUMNS, "dataset") and need not in added:
                 raise RecipeError(f"rules.{name} needs the column {need!r}, {_who_adds(need, recipe, added)}")
             stage_name = need.partition(".")[0]
             if "." in need and rules_before[stage_name] > position:
@@ -115,6 +125,24 @@ def check_flow(recipe: Recipe) -> dict[str, int]:
                     f"move rules.{name} below it"
                 )
     return rules_before
+
+
+def _guarded(recipe: Recipe) -> dict[str, int]:
+    """How many rules come before each costly stage for the sake of rules that guard, whether it names them or not.
+
+    Costly are models and what needs a column of theirs. A stage that a guard itself needs is not held back by it.
+    """
+    guards = [place for place, rule in enumerate(recipe.rules.values()) if rule.guards]
+    if not guards:
+        return {}
+    rules = list(recipe.rules.values())
+    needed = {need.partition(".")[0] for place in guards for need in rules[place].needs}
+    held: dict[str, int] = {}
+    for name, stage in recipe.stages.items():
+        upstream = {need.partition(".")[0] for need in stage.needs if "." in need}
+        if (stage.compute_batch or upstream & held.keys()) and name not in needed:
+            held[name] = guards[-1] + 1
+    return held
 
 
 def _who_adds(need: str, recipe: Recipe, added: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,16 +35,31 @@ STAGE_TYPES = {
     "text_quality": "stages.text_quality:TextQuality",
     "language": "stages.language:Language",
     "perceptual_hash": "stages.hashing:PerceptualHash",
+    "fast_hash": "stages.hashing:FastHash",
     "clip_score": "stages.clip_score:ClipScore",
+    "caption_scores": "stages.caption_scores:CaptionScores",
+    "caption_probe": "stages.caption_scores:CaptionProbe",
+    "vqa": "stages.vqa:Vqa",
     "aesthetic": "stages.aesthetic:Aesthetic",
+    "safety": "stages.safety:Safety",
+    "nudenet": "stages.safety:NudeNet",
+    "watermark": "stages.watermark:Watermark",
+    "entropy": "stages.entropy:Entropy",
+    "text_coverage": "stages.text_coverage:TextCoverage",
 }
 RULE_TYPES = {
     "threshold": "stages.rules:Threshold",
     "top_fraction": "stages.rules:TopFraction",
+    "quantile": "stages.rules:Quantile",
+    "known_bad": "stages.lists:KnownBad",
+    "opt_out": "stages.lists:OptOut",
+    "balance": "stages.balance:Balance",
     "exact_duplicates": "stages.dedupe:ExactDuplicates",
     "near_duplicates": "stages.dedupe:NearDuplicates",
+    "contamination": "stages.contamination:Contamination",
+    "semantic_duplicates": "stages.semantic:SemanticDuplicates",
 }
-FORMATS = ("auto", "webdataset", "parquet", "folder")
+FORMATS = ("auto", "webdataset", "parquet", "csv", "tsv", "folder")
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 
 
@@ -54,14 +69,23 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Input:
-    """Where raw data lies: a file, a folder, or a pattern with * and {a..b}; on any filesystem pyarrow can open."""
+    """Where raw data lies: a file, a folder, or a pattern with * and {a..b}; on any filesystem pyarrow can open.
+
+    name: what its rows carry as `dataset`. images: folders in which a table may name images; its own by default.
+    subset: DataComp's .npy of uids; only these are read, each as often as it stands there.
+    """
 
     url: str = ""
     format: str = "auto"
+    name: str = ""
+    images: tuple[str, ...] = ()
+    subset: str = ""
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise RecipeError(f"input.format {self.format!r} is none of {', '.join(FORMATS)}")
+        if self.name and not _NAME.match(self.name):
+            raise RecipeError(f"input.name {self.name!r}: a name is lower-case letters, digits and _")
 
 
 @dataclass(frozen=True)
@@ -78,13 +102,19 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Pack:
-    """input_shards: how many input shards, in order, one output shard covers."""
+    """input_shards: how many input shards, in order, one run of output covers. shard_samples, shard_bytes: most samples
+    and image bytes of one tar of a run, 0 for no bound; a single larger image still gets a tar of its own."""
 
     input_shards: int = 1
+    shard_samples: int = 0
+    shard_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.input_shards < 1:
             raise RecipeError(f"pack.input_shards {self.input_shards} is not at least 1")
+        for name in ("shard_samples", "shard_bytes"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"pack.{name} {getattr(self, name)} is not 0 (no bound) or more")
 
 
 @dataclass(frozen=True)
@@ -92,14 +122,14 @@ class EngineOptions:
     """How a run is carried out; never part of what comes out. workers 0: one for each core."""
 
     workers: int = 0
-    transport_batch: int = 64
+    transport_batch: int = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A curation recipe. `stages` and `rules` keep the order they were written in."""
 
-    input: Input = Input()
+    input: tuple[Input, ...] = (Input(),)
     output: str = ""
     models: tuple[str, ...] = ()
     stages: Mapping[str, Stage] = field(default_factory=dict)
@@ -118,8 +148,12 @@ class Recipe:
         }
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), inputs: Sequence[str] = ()
+) -> Recipe:
     """Read a recipe from a YAML file or a mapping, with `rules.clip.at_least=0.3` overrides laid over it.
+
+    inputs: addresses that stand in for the recipe's own; options of a single input hold for each of them.
 
     Raises RecipeError for unknown keys, wrong types and names that are not there; FileNotFoundError for a missing file.
     """
@@ -127,8 +161,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     for override in overrides:
         raw = override_at(raw, override)
     refuse_unknown(raw, [item.name for item in fields(Recipe)], "the recipe")
-    sections: dict[str, Any] = {}
-    for name, kind in (("input", Input), ("held_out", HeldOut), ("pack", Pack), ("engine", EngineOptions)):
+    sections: dict[str, Any] = {"input": _build_inputs(raw.get("input"), inputs)}
+    for name, kind in (("held_out", HeldOut), ("pack", Pack), ("engine", EngineOptions)):
         if name in raw:
             sections[name] = _build(kind, raw[name] or {}, name)
     if "models" in raw:
@@ -139,6 +173,14 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     stages = _build_named(raw.get("stages"), "stages", STAGE_TYPES, "sluice.stages", default_type=None)
     rules = _build_named(raw.get("rules"), "rules", RULE_TYPES, "sluice.rules", default_type="threshold")
     return Recipe(**sections, stages=stages, rules=rules)
+
+
+def _build_inputs(raw: Any, urls: Sequence[str]) -> tuple[Input, ...]:
+    """The datasets of a recipe: one mapping or a list of them, or `urls` in their place."""
+    common = raw if isinstance(raw, Mapping) else {}
+    given = [{**common, "url": url} for url in urls] if urls else raw if isinstance(raw, list) else [raw or {}]
+    where = ["input"] if len(given) == 1 else [f"input.{place}" for place in range(len(given))]
+    return tuple(_build(Input, item, place) for item, place in zip(given, where, strict=True))
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -20,28 +20,45 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Engine, LocalEngine, open_engine
 from cluster.storage import Folder, absolute, lease
-from pipelines.judge import Gating, JudgedShard, judge_all, judge_gate
+from pipelines.against import (
+    Held,
+    benchmark_name,
+    benchmark_recipe,
+    hold_benchmark,
+    hold_snapshot,
+    split_addresses,
+    with_contamination,
+)
+from pipelines.changes import changes, stage_facts, told
+from pipelines.judge import JudgedShard, NotMeasuredError
+from pipelines.judging import FOLDER as JUDGING
+from pipelines.judging import Case, judge_all, judge_gate
 from pipelines.measure import MeasureWorker, read_columns
 from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
-from pipelines.readers import InputShard, discover, shard_digest
-from pipelines.recipe import Recipe, RecipeError
-from pipelines.snapshot import Snapshot, open_snapshot, write_snapshot
+from pipelines.readers import READER_VERSION, InputShard, discover, names_images, shard_digest
+from pipelines.recipe import Input, Pack, Recipe, RecipeError
+from pipelines.scales import scale_warnings
+from pipelines.snapshot import Snapshot, SnapshotError, open_snapshot, write_snapshot
 from stages.contract import Context, digest_of
+from stages.rules import Rule
 
 SMALL_INPUT_BYTES = 256 << 20
 if TYPE_CHECKING:
     from pipelines.lineage.record import Run
 
 FINGERPRINTS = "units/fingerprints.json"
+RETRIED = "units/retried.json"
 # Weights of the made-up world lie in the package, so that its recipes run anywhere.
 SHIPPED_MODELS = str(Path(__file__).parent / "demo" / "weights")
 
 
 @dataclass
 class Options:
-    """How to run: nothing here changes what comes out, but for `limit` (fewer rows) and `parents` (inherited sides)."""
+    """How to run: nothing here changes what comes out, but for `limit` (fewer rows), `parents` (inherited sides) and
+    `against` (snapshots and benchmarks that rows are held against). retry_failed: measure rows again that a stage could
+    not measure, and only those."""
 
     output: str
     engine: str = "ray"
@@ -50,6 +67,8 @@ class Options:
     device: str = "cpu"
     limit: int = 0
     parents: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    retry_failed: bool = False
     catalog: str | None = None
     quiet: bool = False
     command: str = ""
@@ -72,21 +91,31 @@ class FingerprintWorker:
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         shard = InputShard.from_json(task)
         digest = shard_digest(shard)
-        # A shard of which only the first rows are read is other input than the whole.
-        return {"key": fingerprint_key(shard), "digest": digest_of(digest, shard.limit) * 2 if shard.limit else digest}
+        return {
+            "key": fingerprint_key(shard),
+            # A shard of which only the first rows are read is other input than the whole.
+            "digest": digest_of(digest, shard.limit) * 2 if shard.limit else digest,
+            # Images in files of their own may change behind the back of the table that names them.
+            "remember": not names_images(shard),
+        }
 
 
 def fingerprint_key(shard: InputShard) -> str:
     """What a shard's digest is remembered under: any change of place, size or time means reading it again."""
-    return digest_of(asdict(shard))
+    return digest_of({**asdict(shard), "dataset": ""})
 
 
 def curate(recipe: Recipe, options: Options) -> Snapshot:
     """Run a recipe and return its snapshot. Raises RecipeError, FileNotFoundError, LeaseHeldError."""
     started = _now()
     store = Folder(options.output)
+    recipe = with_contamination(recipe, options.against)
     with lease(store, options.command or "sluice curate"), open_engine(options.engine, options.workers) as engine:
         plan = plan_run(recipe, options, store, engine)
+        if not options.quiet:
+            for warning in scale_warnings(plan, store):
+                say(f"  warning: {warning}")
+        plan.held = hold(recipe, store, engine, options)
         with _recorded("curate", plan, store, options) as run:
             measured = measure(plan, store, engine, options)
             return _finish(plan, measured, store, engine, options, started, run)
@@ -98,7 +127,32 @@ def plan_run(recipe: Recipe, options: Options, store: Folder, engine: Engine) ->
     if options.limit:
         shards = limited(shards, options.limit)
     digests = fingerprint(shards, store, engine, options)
-    return make_plan(recipe, shards, digests, context_of(recipe, options))
+    plan = make_plan(recipe, shards, digests, context_of(recipe, options))
+    plan.retried = store.read_json(RETRIED) if store.exists(RETRIED) else {}
+    return plan
+
+
+def hold(recipe: Recipe, store: Folder, engine: Engine, options: Options) -> Held:
+    """Files with the rows of the snapshots and benchmarks that the run is held against; benchmarks are measured."""
+    snapshots, benchmarks = split_addresses(options.against)
+    files = []
+    for address in benchmarks:
+        whole = replace(options, limit=0, retry_failed=False)
+        plan = plan_run(replace(benchmark_recipe(recipe), input=(Input(address),)), whole, store, engine)
+        files.append(hold_benchmark(measure(plan, store, engine, options).shards, recipe, store))
+    return Held(
+        tuple(hold_snapshot(snapshot, recipe, store) for snapshot in snapshots),
+        tuple(f"snapshot {snapshot.id[:12]}" for snapshot in snapshots),
+        tuple(files),
+        tuple(f"benchmark {benchmark_name(address)}" for address in benchmarks),
+    )
+
+
+def _case(plan: Plan, shards: Sequence[JudgedShard], rules: Mapping[str, Rule], stages: Sequence[str]) -> Case:
+    held = plan.held
+    names = {"held_names": held.snapshot_names, "benchmark_names": held.benchmark_names}
+    before = dict(plan.rules_before)
+    return Case(tuple(shards), rules, tuple(stages), before, held.snapshots, benchmarks=held.benchmarks, **names)
 
 
 def context_of(recipe: Recipe, options: Options) -> Context:
@@ -118,22 +172,31 @@ def fingerprint(shards: Sequence[InputShard], store: Folder, engine: Engine, opt
     known: dict[str, str] = store.read_json(FINGERPRINTS) if store.exists(FINGERPRINTS) else {}
     keys = [fingerprint_key(shard) for shard in shards]
     fresh = [shard for shard, key in zip(shards, keys, strict=True) if key not in known]
+    passing: dict[str, str] = {}
     if fresh:
         near = _near(engine, shards)
         with Progress("fingerprint input", len(fresh), quiet=options.quiet) as progress:
             for result in near.map(FingerprintWorker, {}, [shard.to_json() for shard in fresh]):
-                known[result["key"]] = result["digest"]
+                (known if result["remember"] else passing)[result["key"]] = result["digest"]
                 progress.advance()
         store.write_json(FINGERPRINTS, known)
-    digests = [known[key] for key in keys]
-    seen: dict[str, str] = {}
-    for shard, digest in zip(shards, digests, strict=True):
-        if digest in seen:
-            raise RecipeError(
-                f"input shards {seen[digest]} and {shard.name} hold the same bytes; leave one of them out"
-            )
-        seen[digest] = shard.name
-    return digests
+    return _told_apart([known.get(key) or passing[key] for key in keys], shards)
+
+
+def _told_apart(digests: Sequence[str], shards: Sequence[InputShard]) -> list[str]:
+    """The digests, those of a second file with the same bytes made another, since an occurrence is named by its
+    shard. Raises RecipeError where one file is given twice."""
+    seen: dict[str, list[InputShard]] = {}
+    for digest, shard in zip(digests, shards, strict=True):
+        if any((shard.address, shard.members) == (other.address, other.members) for other in seen.get(digest, ())):
+            raise RecipeError(f"input shard {shard.address} is given twice; leave one of them out")
+        seen.setdefault(digest, []).append(shard)
+    counts: dict[str, int] = {}
+    told = []
+    for digest in digests:
+        again = counts[digest] = counts.get(digest, -1) + 1
+        told.append(digest_of("the same bytes again", digest, again) * 2 if again else digest)
+    return told
 
 
 def _near(engine: Engine, shards: Sequence[InputShard]) -> Engine:
@@ -155,10 +218,67 @@ def measure(plan: Plan, store: Folder, engine: Engine, options: Options) -> Meas
         for place, digest in enumerate(plan.digests):
             for job in part.jobs:
                 units[place][job.name] = plan.unit_path(job.name, digest, gate[place][1])
-        _run_pass(plan, part, units, gate, store, engine, options)
-    return Measured(
-        [JudgedShard(digest, plan.rows_path(digest), mine) for digest, mine in zip(plan.digests, units, strict=True)]
+        known = _take_up(plan, part, units, store, options) if options.retry_failed else {}
+        _run_pass(plan, part, units, gate, store, engine, options, known)
+        if known:
+            store.write_json(RETRIED, plan.retried)
+    return Measured(_judged_shards(plan, units))
+
+
+def _take_up(
+    plan: Plan, part: Pass, units: list[dict[str, str]], store: Folder, options: Options
+) -> dict[tuple[str, str], str]:
+    """Name new units for those with rows that a stage could not measure; (shard digest, stage) -> the earlier unit.
+
+    An earlier unit behind another gate (rows taken up before have passed it meanwhile) serves as well: what it knows is
+    not measured again.
+    """
+    try:
+        latest = open_snapshot(store.url)
+        earlier = {
+            item["digest"]: mine
+            for item, mine in zip(latest.manifest["inputs"], latest.provenance()["units"], strict=True)
+        }
+    except SnapshotError:
+        earlier = {}
+    known: dict[tuple[str, str], str] = {}
+    failed = 0
+    for place, digest in enumerate(plan.digests):
+        for job in part.jobs:
+            path = units[place][job.name]
+            old = path if store.exists(path) else earlier.get(digest, {}).get(job.name, "")
+            if old.rpartition("/")[0] != path.rpartition("/")[0] or not store.exists(old):
+                continue
+            count = _failed_rows(store, plan.rows_path(digest), old)
+            if count or old != path:
+                new = path if old != path else f"{path.removesuffix('.parquet')}-{digest_of('retry', path)[:8]}.parquet"
+                known[digest, job.name] = old
+                units[place][job.name] = new
+                # A unit that was taken up before is known by the name of the first of them.
+                names = [first for first, newest in plan.retried.items() if newest == path] or [path]
+                if new != path:
+                    plan.retried.update(dict.fromkeys([*names, path], new))
+                failed += count
+    if not options.quiet:
+        say(f"  {', '.join(job.name for job in part.jobs)}: {failed:,} failed rows are taken up again")
+    return known
+
+
+def _failed_rows(store: Folder, rows: str, unit: str) -> int:
+    """Rows that were read and that a stage was given and could not measure."""
+    read = read_columns(store, rows, ["error"])["error"].to_pylist()
+    errors = read_columns(store, unit, ["error"])["error"].to_pylist()
+    return sum(
+        error is not None and before is None and not error.startswith("not_measured(")
+        for before, error in zip(read, errors, strict=True)
     )
+
+
+def _judged_shards(plan: Plan, units: Sequence[Mapping[str, str]]) -> list[JudgedShard]:
+    return [
+        JudgedShard(digest, plan.rows_path(digest), dict(mine), shard.dataset)
+        for shard, digest, mine in zip(plan.shards, plan.digests, units, strict=True)
+    ]
 
 
 def _judge_gate(
@@ -168,20 +288,17 @@ def _judge_gate(
     names = list(plan.recipe.rules)[:rules_before]
     rules = {name: plan.recipe.rules[name] for name in names}
     measured = [name for name in plan.recipe.stages if units and name in units[0]]
-    shards = [
-        JudgedShard(digest, plan.rows_path(digest), dict(mine))
-        for digest, mine in zip(plan.digests, units, strict=True)
-    ]
+    shards = _judged_shards(plan, units)
     key = digest_of(
         "gate",
         [[name, rule.type, rule.version, rule.options()] for name, rule in rules.items()],
-        [[shard.digest, sorted(shard.units.items())] for shard in shards],
+        [[shard.digest, shard.dataset, sorted(shard.units.items())] for shard in shards],
+        plan.held.identity(),
     )
     done, paths = f"units/gates/{key}.json", [f"units/gates/{key}-{place:06d}.parquet" for place in range(len(shards))]
     if not store.exists(done):
-        gating = Gating(dict(plan.rules_before))
-        digests = _near(engine, plan.shards).call(judge_gate, store.url, shards, rules, measured, gating, paths)
-        store.write_json(done, digests)
+        case = _case(plan, shards, rules, measured)
+        store.write_json(done, judge_gate(_near(engine, plan.shards), store, case, paths))
     return list(zip(paths, store.read_json(done), strict=True))
 
 
@@ -193,6 +310,7 @@ def _run_pass(
     store: Folder,
     engine: Engine,
     options: Options,
+    known: Mapping[tuple[str, str], str],
 ) -> None:
     tasks = []
     for place, (shard, digest) in enumerate(zip(plan.shards, plan.digests, strict=True)):
@@ -206,6 +324,7 @@ def _run_pass(
                     "units": dict(units[place]),
                     "todo": todo,
                     "gate": gate[place][0],
+                    "known": {name: known[digest, name] for name in todo if (digest, name) in known},
                 }
             )
     title = ", ".join(job.name for job in part.jobs)
@@ -243,12 +362,13 @@ def _finish(
         "numerics": plan.numerics,
         "cuts": judged["cuts"],
         "held_out": judged["held_out"],
-        "columns": ledger_columns(list(plan.recipe.stages.items()), {n: m["digest"] for n, m in plan.models.items()}),
+        "columns": _columns(plan),
         "inputs": [
             {"digest": digest, "rows": rows, "kept": kept}
             for digest, rows, kept in zip(plan.digests, judged["rows"], judged["kept"], strict=True)
         ],
         "funnel": judged["funnel"],
+        "against": plan.held.to_json(),
         "code_version": _code_version(),
     }
     provenance = {
@@ -258,6 +378,8 @@ def _finish(
         "command": options.command,
         "engine": {"name": engine.name, "workers": engine.workers},
         "models": list(plan.context.models),
+        "stages": stage_facts(plan),
+        "reader": READER_VERSION,
         "parents": [open_snapshot(parent).folder.url for parent in options.parents],
         "inputs": [
             {"digest": digest, "name": shard.name, "address": shard.address, "shard": shard.to_json()}
@@ -272,35 +394,36 @@ def _finish(
     return snapshot
 
 
+def _columns(plan: Plan) -> list[dict[str, Any]]:
+    digests = {name: model["digest"] for name, model in plan.models.items()}
+    return ledger_columns(list(plan.recipe.stages.items()), digests, list(plan.recipe.rules.items()))
+
+
 def _judge(plan: Plan, measured: Measured, store: Folder, engine: Engine, options: Options) -> dict[str, Any]:
     """Final verdicts as a unit of work of their own; raises RecipeError where rows were never measured."""
     parents = [open_snapshot(parent) for parent in options.parents]
     key = digest_of(
         "judge",
         [[name, rule.type, rule.version, rule.options()] for name, rule in plan.recipe.rules.items()],
-        [[shard.digest, list(shard.units.items())] for shard in measured.shards],
+        [[shard.digest, shard.dataset, list(shard.units.items())] for shard in measured.shards],
         asdict(plan.recipe.held_out),
         sorted(parent.id for parent in parents),
+        plan.held.to_json(),
     )
     done = f"units/verdicts/{key}.json"
     paths = [f"units/verdicts/{key}-{place:06d}.parquet" for place in range(len(measured.shards))]
     if not store.exists(done):
         with Progress("judge", len(plan.recipe.rules), unit="rules", quiet=options.quiet) as progress:
-            result = _near(engine, plan.shards).call(
-                judge_all,
-                store.url,
-                measured.shards,
-                dict(plan.recipe.rules),
-                list(plan.recipe.stages),
-                Gating(dict(plan.rules_before)),
-                plan.recipe.held_out,
-                [parent.folder.url for parent in parents],
-                paths,
-            )
-            if "missing" in result:
-                raise NeedsMeasuringError(plan, result["missing"])
+            near = _near(engine, plan.shards)
+            case = _case(plan, measured.shards, dict(plan.recipe.rules), list(plan.recipe.stages))
+            addresses = [parent.folder.url for parent in parents]
+            try:
+                result = judge_all(near, store, case, plan.recipe.held_out, addresses, paths)
+            except NotMeasuredError as problem:
+                raise NeedsMeasuringError(plan, problem.missing) from None
             progress.advance(len(plan.recipe.rules))
         store.write_json(done, result)
+        store.delete(JUDGING)
     return {**store.read_json(done), "paths": paths}
 
 
@@ -322,11 +445,18 @@ def _pack(
     plan: Plan, measured: Measured, judged: Mapping[str, Any], store: Folder, engine: Engine, options: Options
 ) -> list[dict[str, Any]]:
     run = plan.recipe.pack.input_shards
-    clip = next((name for name, stage in plan.recipe.stages.items() if stage.type == "clip_score"), None)
+
+    def stage_of(kind: str) -> str | None:
+        return next((name for name, stage in plan.recipe.stages.items() if stage.type == kind), None)
+
     config = {
         "store": store.url,
-        "columns": ledger_columns(list(plan.recipe.stages.items()), {n: m["digest"] for n, m in plan.models.items()}),
-        "clip": clip,
+        "columns": _columns(plan),
+        "clip": stage_of("clip_score"),
+        "caption_scores": stage_of("caption_scores"),
+        "guards": [name for name, rule in plan.recipe.rules.items() if rule.guards],
+        "shard_samples": plan.recipe.pack.shard_samples,
+        "shard_bytes": plan.recipe.pack.shard_bytes,
     }
     tasks, records = [], []
     for group, first in enumerate(range(0, len(plan.shards), run)):
@@ -335,6 +465,7 @@ def _pack(
             {
                 "shard": plan.shards[place].to_json(),
                 "digest": plan.digests[place],
+                "dataset": plan.shards[place].dataset,
                 "rows": measured.shards[place].rows,
                 "units": dict(measured.shards[place].units),
                 "verdicts": judged["paths"][place],
@@ -343,10 +474,12 @@ def _pack(
             for place in places
         ]
         identity = [
-            [item["digest"], list(item["units"].items()), judged["digests"][place]]
+            [item["digest"], item["dataset"], list(item["units"].items()), judged["digests"][place]]
             for item, place in zip(described, places, strict=True)
         ]
-        key = digest_of("pack", PACKING_VERSION, group, config["columns"], clip, identity)
+        key = digest_of(
+            "pack", PACKING_VERSION, group, [value for name, value in config.items() if name != "store"], identity
+        )
         records.append(f"units/packed/{key}.json")
         tasks.append({"group": group, "shards": described})
     todo = [(task, record) for task, record in zip(tasks, records, strict=True) if not store.exists(record)]
@@ -377,17 +510,14 @@ def select(source: Snapshot, recipe: Recipe, options: Options, measure_missing: 
     with lease(store, options.command or "sluice select"), open_engine(options.engine, options.workers) as engine:
         known = None if measure_missing else (source.manifest["models"], source.manifest["numerics"])
         plan = make_plan(recipe, shards, digests, context_of(recipe, options), known)
+        # Rows are held against what they were held against when the snapshot was made: the files lie in the store.
+        plan.held = Held.from_json(source.manifest.get("against", {}))
         with _recorded("select", plan, store, options) as run:
             if measure_missing:
                 measured = measure(plan, store, engine, options)
             else:
                 _check_units(store, provenance["units"])
-                measured = Measured(
-                    [
-                        JudgedShard(digest, plan.rows_path(digest), units)
-                        for digest, units in zip(digests, provenance["units"], strict=True)
-                    ]
-                )
+                measured = Measured(_judged_shards(plan, provenance["units"]))
             return _finish(plan, measured, store, engine, options, started, run)
 
 
@@ -416,7 +546,9 @@ def _recorded(kind: str, plan: Plan, store: Folder, options: Options) -> Iterato
 
     parents = [open_snapshot(parent) for parent in options.parents]
     recipe = plan.recipe.resolved()
-    run_id = digest_of("run", kind, store.url, list(recipe.items()), plan.digests, [parent.id for parent in parents])
+    held_by, _ = split_addresses(options.against)
+    told = [[parent.id for parent in parents], *([plan.held.to_json()] if options.against else [])]
+    run_id = digest_of("run", kind, store.url, list(recipe.items()), plan.digests, *told)
     with record_run(
         options.catalog,
         kind=kind,
@@ -434,7 +566,8 @@ def _recorded(kind: str, plan: Plan, store: Folder, options: Options) -> Iterato
             for stage, model in plan.models.items()
         )
         run.consume_many(
-            Artifact("snapshot", parent.id, parent.folder.url, Path(parent.store.url).name) for parent in parents
+            Artifact("snapshot", parent.id, parent.folder.url, Path(parent.store.url).name)
+            for parent in (*parents, *held_by)
         )
         yield run
 
@@ -484,9 +617,19 @@ def describe_plan(plan: Plan, store: Folder) -> str:
     lines.append("judge     " + (" > ".join(plan.recipe.rules) or "no rules: every row that opens is kept"))
     for name, model in plan.models.items():
         lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")
+    lines += told(changes(plan, store), plan)
     groups = -(-len(plan.shards) // plan.recipe.pack.input_shards)
-    lines.append(f"pack      {groups:,} output shards at most, {plan.recipe.pack.input_shards} input shards each")
+    pack = plan.recipe.pack
+    lines.append(f"pack      {groups:,} runs of {pack.input_shards} input shards, {_bounds(pack)}")
+    lines += [f"warning   {warning}" for warning in scale_warnings(plan, store)]
     return "\n".join(lines)
+
+
+def _bounds(pack: Pack) -> str:
+    samples = f"{pack.shard_samples:,} samples" if pack.shard_samples else ""
+    size = f"{pack.shard_bytes:,} image bytes" if pack.shard_bytes else ""
+    most = " and ".join(filter(None, (samples, size)))
+    return f"tars of at most {most}" if most else "one tar each"
 
 
 def _code_version() -> str:

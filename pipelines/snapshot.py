@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Folder, natural_key
+from pipelines.readers.subset import is_uid
 from stages.contract import digest_of
 
 SCHEMA_VERSION = "1.0"
@@ -53,6 +54,13 @@ class Snapshot:
         for path in sorted(self.manifest["files"], key=natural_key):
             if path.startswith(f"{kind}/"):
                 yield pq.read_table(self.folder.open(path), columns=list(columns) if columns else None)
+
+    def subset_uids(self) -> Iterator[str]:
+        """A DataComp uid for every kept row: the one it came with where that is one, else ours."""
+        for table in self.tables("ledger", ["uid", "source_uid", "verdict"]):
+            for row in table.to_pylist():
+                if row["verdict"] == "kept":
+                    yield row["source_uid"] if is_uid(row["source_uid"]) else row["uid"]
 
     def sides(self) -> dict[str, str]:
         """image_id -> "train" or "held_out", for every row in a duplicate group; held-out wins."""
@@ -93,6 +101,20 @@ def snapshot_id(recipe: Mapping[str, Any], models: Mapping[str, Any], files: Map
     )
 
 
+def _write_indexes(folder: Folder, shards: Sequence[Mapping[str, Any]]) -> None:
+    """What other tools look for beside the tars: wids' index (SANA asks for it) and img2dataset's counts (DataComp)."""
+    listed = [
+        {"url": shard["path"].rpartition("/")[2], "nsamples": shard["count"], "filesize": shard["size_bytes"]}
+        for shard in shards
+    ]
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "sluice", "shardlist": listed}
+    folder.write_json("shards/wids-meta.json", index)
+    for shard in shards:
+        counts = {"count": shard["count"], "successes": shard["count"], "status_dict": {"success": shard["count"]}}
+        failures = {"failed_to_download": 0, "failed_to_resize": 0}
+        folder.write_json(f"{shard['path'].removesuffix('.tar')}_stats.json", {**counts, **failures})
+
+
 def write_snapshot(
     store: Folder, manifest: dict[str, Any], provenance: Mapping[str, Any], packed: Sequence[Mapping[str, Any]]
 ) -> Snapshot:
@@ -104,8 +126,8 @@ def write_snapshot(
         for path, file in group["files"].items():
             files[path] = {"digest": file["digest"], "rows": file["rows"]}
             places[path] = file["place"]
-        if group["shard"]:
-            shard = dict(group["shard"])
+        for packed_shard in group["shards"]:
+            shard = dict(packed_shard)
             places[shard["path"]] = shard.pop("place")
             shards.append(shard)
     manifest = {
@@ -122,6 +144,7 @@ def write_snapshot(
     if not folder.exists("manifest.json"):
         for path, place in places.items():
             store.link(place, f"snapshots/{manifest['id']}/{path}")
+        _write_indexes(folder, shards)
         folder.write_json("provenance.json", {**provenance, "python": sys.version.split()[0]})
         folder.write_json("manifest.json", manifest)
     store.write("latest", manifest["id"] + "\n")

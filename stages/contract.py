@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 
@@ -108,6 +109,15 @@ class Batch:
     def image(self, row: int) -> Image.Image | None:
         return self.images[row].picture()
 
+    def reduced(self, row: int, side: int) -> np.ndarray | None:
+        """(height, width, 3) uint8 RGB of row i, upright, from a reduced-size decode: short side at least `side` px,
+        and less than twice that, or as it was where it was smaller. None: `image_error(row)` says why."""
+        return self.images[row].reduced(side)
+
+    def header(self, row: int) -> Image.Image | None:
+        """The picture of row i as its header describes it (size, mode, format, EXIF); its pixels may be undecoded."""
+        return self.images[row].header()
+
     def image_error(self, row: int) -> str | None:
         return self.images[row].error
 
@@ -120,8 +130,35 @@ class LazyImage:
     def picture(self) -> Image.Image | None:
         raise NotImplementedError
 
+    def reduced(self, side: int) -> np.ndarray | None:
+        raise NotImplementedError
+
+    def header(self) -> Image.Image | None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Forget the pixels; they decode again if looked at again."""
+
 
 Measure = Callable[[Batch], Columns]
+
+
+class PreparedMeasure:
+    """A measure in two halves, so that rows can be made ready in other threads while a model computes.
+
+    `prepare` is called once a row, from several threads at once, and does what needs no model: decode, resize,
+    tokenize. It gives whatever `compute` wants of a row, and a reason where there is nothing: it never raises for a bad
+    row. `compute` gets a whole batch of these in row order, always in the same thread.
+    """
+
+    def prepare(self, batch: Batch, row: int) -> Any:
+        raise NotImplementedError
+
+    def compute(self, prepared: Sequence[Any]) -> Columns:
+        raise NotImplementedError
+
+    def __call__(self, batch: Batch) -> Columns:
+        return self.compute([self.prepare(batch, row) for row in range(len(batch))])
 
 
 @dataclass(frozen=True, kw_only=True)

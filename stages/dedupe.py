@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from stages.hamming import iterate_pairs
-from stages.rules import Rule, Table, Verdicts, occurrence_order
+from stages.rules import Guide, Rule, Table, Verdicts, occurrence_order
 
 # A boolean column that a table of a duplicate rule may have: True for rows that an earlier snapshot holds already.
 HELD = "held"
@@ -34,7 +34,10 @@ class ExactDuplicates(Rule):
     """Of occurrences with the same image bytes, keeps the first by occurrence."""
 
     type: ClassVar[str] = "exact_duplicates"
+    version: ClassVar[int] = 2  # rows without bytes are nobody's copies
     barrier: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    takes_held: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -42,6 +45,9 @@ class ExactDuplicates(Rule):
 
     def threshold_text(self) -> str:
         return "one of each image"
+
+    def part_of(self, table: Table, parts: int, guide: Guide) -> np.ndarray:
+        return np.array([int((one or "0")[:8], 16) % parts for one in table["image_id"].tolist()], np.int64)
 
     def judge(self, table: Table) -> Verdicts:
         image_id = table["image_id"].astype("U")
@@ -51,7 +57,9 @@ class ExactDuplicates(Rule):
         is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(order)]
         first = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
         keeper = np.full(len(image_id), -1, np.int64)
-        keeper[order] = np.where(is_first | held[order], -1, first)
+        # A row without bytes has no image_id, and is nobody's copy.
+        nothing = np.array([one is None for one in table["image_id"].tolist()], bool)
+        keeper[order] = np.where(is_first | held[order] | nothing[order], -1, first)
         rejected = keeper >= 0
         distance = np.where(rejected, 0.0, np.nan)
         reasons = dict.fromkeys(map(int, np.flatnonzero(rejected)), "same bytes as the keeper")
@@ -68,6 +76,9 @@ class NearDuplicates(Rule):
 
     type: ClassVar[str] = "near_duplicates"
     barrier: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    takes_held: ClassVar[bool] = True
+    guide: ClassVar[str] = "neighbours"
     hash: str = "hash.phash64"
     thumbnail: str = "hash.thumbnail"
     pixels: str = "decode.pixels"
@@ -86,6 +97,32 @@ class NearDuplicates(Rule):
     def threshold_text(self) -> str:
         return f"more than {self.radius} bits from every kept one"
 
+    def looks(self, table: Table) -> np.ndarray:
+        """(N, C) uint8 thumbnails of a table's rows; C is 0 where the hash alone is trusted."""
+        if self.second_look is None:
+            return np.zeros((len(table["uid"]), 0), np.uint8)
+        column = table[self.thumbnail]
+        if column.ndim == 2:
+            return column
+        return np.frombuffer(b"".join(column), np.uint8).reshape(len(column), -1 if len(column) else 0)
+
+    def looks_same(self, left_NC: np.ndarray, right_NC: np.ndarray) -> np.ndarray:
+        """(N,) bool: whether the second look takes the right thumbnails for copies of the left ones."""
+        if self.second_look is None:
+            return np.ones(len(left_NC), bool)
+        return thumbnail_distance(left_NC, right_NC) <= self.second_look
+
+    def part_of(self, table: Table, parts: int, guide: Guide) -> np.ndarray:
+        """Rows linked by confirmed pairs go together. guide: `nodes` (sorted) that have a neighbour, their `labels`."""
+        nodes = nodes_of(table[self.hash].astype(np.uint64), self.looks(table))
+        labels = nodes.copy()
+        place = np.searchsorted(guide["nodes"], nodes)
+        place[place == len(guide["nodes"])] = 0
+        if len(guide["nodes"]):
+            linked = guide["nodes"][place] == nodes
+            labels[linked] = guide["labels"][place[linked]]
+        return (labels % np.uint64(parts)).astype(np.int64)
+
     def judge(self, table: Table) -> Verdicts:
         count = len(table["uid"])
         held = held_rows(table)
@@ -93,9 +130,7 @@ class NearDuplicates(Rule):
             table, ~held, -table[self.pixels].astype(np.int64), -table["size_bytes"].astype(np.int64)
         )
         hashes = table[self.hash][order].astype(np.uint64)
-        looks = np.zeros((count, 0), np.uint8)
-        if self.second_look is not None:
-            looks = np.frombuffer(b"".join(table[self.thumbnail][order]), np.uint8).reshape(count, -1 if count else 0)
+        looks = self.looks(table)[order]
         leader = _first_equal(hashes, looks)
         heads = np.flatnonzero(leader == np.arange(count))
         left, right, bits = self._confirmed_pairs(hashes[heads], looks[heads])
@@ -122,10 +157,8 @@ class NearDuplicates(Rule):
         """Pairs (left < right) of rows within the radius that pass the second look, and their distances in bits."""
         found = [(np.empty(0, np.int64),) * 3]
         for left, right, bits in iterate_pairs(hashes, self.radius):
-            if self.second_look is not None:
-                same = thumbnail_distance(looks[left], looks[right]) <= self.second_look
-                left, right, bits = left[same], right[same], bits[same]
-            found.append((left, right, bits))
+            same = self.looks_same(looks[left], looks[right])
+            found.append((left[same], right[same], bits[same]))
         left, right, bits = (np.concatenate(column) for column in zip(*found, strict=True))
         return left, right, bits
 
@@ -156,6 +189,24 @@ def greedy_keepers(
         if keeper[later] < 0 and keeper[earlier] < 0 and not fixed[later]:
             keeper[later], found[later] = earlier, apart
     return np.array(keeper, np.int64), found
+
+
+def nodes_of(hashes: np.ndarray, looks: np.ndarray) -> np.ndarray:
+    """(N,) uint64 digest of hash and thumbnail: rows with the same two are one node of the graph of near-duplicates."""
+    words = np.zeros((len(looks), -(-looks.shape[1] // 8) * 8), np.uint8)
+    words[:, : looks.shape[1]] = looks
+    nodes = mixed(hashes)
+    for column in words.view("<u8").T:
+        nodes = mixed(nodes ^ column)
+    return nodes
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """uint64 values with their bits stirred (the finaliser of SplitMix64), so that any of them can pick a part."""
+    stirred = values + np.uint64(0x9E3779B97F4A7C15)
+    stirred = (stirred ^ (stirred >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    stirred = (stirred ^ (stirred >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return stirred ^ (stirred >> np.uint64(31))
 
 
 def held_rows(table: Table) -> np.ndarray:

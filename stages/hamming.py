@@ -24,6 +24,7 @@ import numpy as np
 
 HASH_BITS = 64
 CHUNK = 1 << 16  # values compared at once: they and what is made of them stay in a core's cache
+BLOCK = 1 << 20  # sorted values whose buckets are looked up at once
 PIECE_PAIRS = 1 << 18  # pairs of rows handed out at once: the second look holds two thumbnails of each as floats
 CROWDED = 2048  # a bucket of more values is searched over its remaining bits
 MOST_TABLES = 20_000
@@ -114,25 +115,31 @@ def table_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of distinct values that table number `table` is the one to report, in pieces.
 
-    chunks: the values, in any order and any number of arrays. part, parts (a power of two): only the share of the table
-    whose keys begin with `part`, so that no more than about 1 / parts of the values is held.
+    chunks: the values, in any order and any number of arrays; equal ones count once. part, parts (a power of two): only
+    the share of the table whose keys begin with `part`, so that no more than about 1 / parts of the values is held.
     """
     layout = _layouts(tables)[table]
     part_bits = min(parts.bit_length() - 1, layout.key_bits)
     if part >> part_bits:
         return
-    pieces = []
+    laid_out = [np.empty(0, np.uint64)]
     for chunk in chunks:
+        moved = np.empty_like(chunk)
+        count = 0
         for start in range(0, len(chunk), CHUNK):
-            moved = _move_bits(chunk[start : start + CHUNK], layout.moves)
+            some = _move_bits(chunk[start : start + CHUNK], layout.moves)
             if part_bits:
-                moved = moved[moved >> np.uint64(HASH_BITS - part_bits) == np.uint64(part)]
-            pieces.append(moved)
-    if not pieces:
-        return
-    values = np.concatenate(pieces)
-    del pieces
+                some = some[some >> np.uint64(HASH_BITS - part_bits) == np.uint64(part)]
+            moved[count : count + len(some)] = some
+            count += len(some)
+        laid_out.append(moved[:count] if count == len(chunk) else moved[:count].copy())
+    values = np.concatenate(laid_out) if len(laid_out) != 2 else laid_out[1]
+    del laid_out
     values.sort()
+    is_new = values[1:] != values[:-1]
+    if not is_new.all():
+        values = np.append(values[:1], values[1:][is_new])
+    del is_new
     back = [(_shifted(mask, shift), -shift) for mask, shift in layout.moves]
     for left, right in _bucket_pairs(values, layout.key_bits, tables):
         difference = left ^ right
@@ -145,18 +152,27 @@ def table_pairs(
 
 def _bucket_pairs(values: np.ndarray, key_bits: int, tables: Tables) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of sorted distinct values that share their first `key_bits` bits and differ in at most the radius."""
+    start, low_bits = 0, np.uint64(HASH_BITS - key_bits)
+    while start < len(values):
+        stop = min(start + BLOCK, len(values)) if key_bits else len(values)
+        if stop < len(values):
+            # On to the end of the bucket that the block would cut: everything below the next key.
+            last = values[stop - 1] | ((np.uint64(1) << low_bits) - np.uint64(1))
+            stop = int(np.searchsorted(values, last, side="right"))
+        yield from _block_pairs(values[start:stop], key_bits, tables)
+        start = stop
+
+
+def _block_pairs(values: np.ndarray, key_bits: int, tables: Tables) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`_bucket_pairs` of whole buckets."""
     count = len(values)
-    if count < 2:
-        return
+    starts, ends = np.array([0]), np.array([count])
     if key_bits:
-        ends = np.flatnonzero((values[1:] ^ values[:-1]) >> np.uint64(HASH_BITS - key_bits)) + 1
-        starts, ends = np.append(0, ends), np.append(ends, count)
-    else:
-        starts, ends = np.array([0]), np.array([count])
+        inner_ends = np.flatnonzero((values[1:] ^ values[:-1]) >> np.uint64(HASH_BITS - key_bits)) + 1
+        starts, ends = np.append(0, inner_ends), np.append(inner_ends, count)
     lengths = ends - starts
     # How many values of its bucket come after each value.
-    followers = np.repeat(ends, lengths).astype(np.int64)
-    followers -= np.arange(1, count + 1)
+    followers = np.repeat(ends, lengths) - np.arange(1, count + 1)
     if key_bits:
         for bucket in np.flatnonzero(lengths > CROWDED):
             first, last = starts[bucket], ends[bucket]
@@ -168,8 +184,8 @@ def _bucket_pairs(values: np.ndarray, key_bits: int, tables: Tables) -> Iterator
                 for table in range(inner.count):
                     for left, right in table_pairs([rest], inner, table):
                         yield key | left >> np.uint64(key_bits), key | right >> np.uint64(key_bits)
-    for start in range(0, count, CHUNK):
-        rows = np.flatnonzero(followers[start : start + CHUNK]) + start
+    for chunk in range(0, count, CHUNK):
+        rows = np.flatnonzero(followers[chunk : chunk + CHUNK]) + chunk
         step = 1
         while len(rows):
             left, right = values[rows], values[rows + step]
@@ -244,19 +260,19 @@ def iterate_pairs(
     lengths = np.diff(np.append(starts, len(ordered)))
     values = ordered[starts]
     equal = np.flatnonzero(lengths > 1)
-    for left, right in _row_pairs(order, starts, lengths, equal, equal):
+    for left, right in cross_groups(order, starts, lengths, equal, equal):
         inside = left < right
         yield left[inside], right[inside], np.zeros(int(inside.sum()), np.int64)
     if radius == 0:
         return
     for one, other in value_pairs(values, radius, workers):
         a, b = np.searchsorted(values, one), np.searchsorted(values, other)
-        for left, right in _row_pairs(order, starts, lengths, a, b):
+        for left, right in cross_groups(order, starts, lengths, a, b):
             bits = np.bitwise_count(hashes[left] ^ hashes[right]).astype(np.int64)
             yield np.minimum(left, right), np.maximum(left, right), bits
 
 
-def _row_pairs(
+def cross_groups(
     order: np.ndarray, starts: np.ndarray, lengths: np.ndarray, a: np.ndarray, b: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every row of group a[i] with every row of group b[i], at most PIECE_PAIRS at once."""

@@ -17,10 +17,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from stages.contract import Column
+
 # Columns every barrier is given besides those it needs: an occurrence is the last tie-break everywhere.
 OCCURRENCE = ("uid", "shard", "index")
 
 Table = Mapping[str, np.ndarray]
+Guide = Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -29,7 +32,8 @@ class Verdicts:
 
     rejected: bool. value: float64, NaN where the column holds no number. threshold: float64 or NaN. reasons: why, for
     rejected rows. failures: row -> reason, for rows whose value cannot be judged (NaN). keeper: index of the row kept
-    instead, -1 for none, and its distance. cut: what the rule resolved to, for the manifest.
+    instead, -1 for none, and its distance. cut: what the rule resolved to, for the manifest. recorded: the
+    whole number that the rule `records` of every row it saw, -1 for none.
     """
 
     rejected: np.ndarray
@@ -40,16 +44,34 @@ class Verdicts:
     keeper: np.ndarray | None = None
     distance: np.ndarray | None = None
     cut: dict[str, Any] | None = None
+    recorded: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Base of every rule. Fields are its options in a recipe."""
+    """Base of every rule. Fields are its options in a recipe.
+
+    barrier: it sees all rows alive at its step together. guards: rows it drops are looked at by no costly stage and
+    shown in no report (known-bad pictures, opt-outs). records: the column of whole numbers that it leaves in the
+    ledger, as `<rule>.<name>`.
+    """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
     type: ClassVar[str]
     version: ClassVar[int] = 1
     barrier: ClassVar[bool] = False
+    # A separable barrier can be judged part by part: `part_of` says which rows never decide about each other.
+    separable: ClassVar[bool] = False
+    # What `part_of` and `judge_part` must be told of all rows: "" (nothing), "neighbours" or "clusters".
+    guide: ClassVar[str] = ""
+    # Whether rows of an earlier snapshot may stand in the table, marked as held.
+    takes_held: ClassVar[bool] = False
+    # Whether the rows of benchmarks stand in the table, marked as held.
+    takes_benchmarks: ClassVar[bool] = False
+    # Whether a row that the rule rejects is kept all the same, the rule named among its failed_rules.
+    marks: ClassVar[bool] = False
+    guards: ClassVar[bool] = False
+    records: ClassVar[Column | None] = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -58,6 +80,14 @@ class Rule:
     def judge(self, table: Table) -> Verdicts:
         """Judge the rows of `table`: all rows for a row rule, the rows alive at this step for a barrier."""
         raise NotImplementedError
+
+    def part_of(self, table: Table, parts: int, guide: Guide) -> np.ndarray:
+        """(N,) int64 part, 0 to `parts` - 1, of each row; `judge_part` of each part together is `judge` of all rows."""
+        raise NotImplementedError
+
+    def judge_part(self, table: Table, guide: Guide) -> Verdicts:
+        """Judge the rows of one part. guide: what had to be known of all rows before, by name."""
+        return self.judge(table)
 
     def threshold_text(self) -> str:
         """What is asked, in a few words, for funnels and reports."""
@@ -140,8 +170,13 @@ class Threshold(Rule):
 
 def occurrence_order(table: Table, *leading: np.ndarray) -> np.ndarray:
     """Row indices sorted by `leading` keys (first is most important), then by occurrence (uid, shard, index)."""
-    keys: Sequence[np.ndarray] = (*leading, table["uid"].astype("U"), table["shard"].astype("U"), table["index"])
+    keys: Sequence[np.ndarray] = (*leading, *(_sortable(table[name]) for name in OCCURRENCE))
     return np.lexsort(tuple(reversed(keys)))
+
+
+def _sortable(column: np.ndarray) -> np.ndarray:
+    """Text as numpy sorts it; a shard may also be its rank among all shards, an integer."""
+    return column.astype("U") if column.dtype == object else column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +220,58 @@ class TopFraction(Rule):
         failures = {int(row): f"{self.column} is not finite" for row in np.flatnonzero(~finite)}
         resolved = {"fraction": self.fraction, "cut": None if kept_count == 0 else cut, "kept": kept_count, "of": count}
         return Verdicts(rejected, value, cut, reasons, failures, cut=resolved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantile(Rule):
+    """Keeps rows from the `at_least` quantile to the `at_most` quantile of the values alive at this step.
+
+    Quantiles are values that occur (the inverse of the cumulative distribution), and rows that share one share its
+    fate: so ties make it keep more than a top_fraction would. A value that is not finite makes the row failed. The cuts
+    that came out join the manifest.
+    """
+
+    type: ClassVar[str] = "quantile"
+    barrier: ClassVar[bool] = True
+    column: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"a quantile rule on {self.column!r} asks nothing: give at_least or at_most")
+        for name, share in (("at_least", self.at_least), ("at_most", self.at_most)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} {share} of a quantile rule is not in [0, 1]")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def threshold_text(self) -> str:
+        ends = (("from", self.at_least), ("to", self.at_most))
+        return " ".join(f"{word} the {share:.4g} quantile" for word, share in ends if share is not None)
+
+    def judge(self, table: Table) -> Verdicts:
+        value = table[self.column].astype(np.float64)
+        finite = np.isfinite(value)
+        low, high = (self._cut(value[finite], share) for share in (self.at_least, self.at_most))
+        below = finite & (value < (-np.inf if low is None else low))
+        above = finite & (value > (np.inf if high is None else high))
+        reasons = {
+            int(row): f"{self.column} {value[row]:.6g} is below the {self.at_least:.4g} quantile (cut {low:.6g})"
+            for row in np.flatnonzero(below)
+        } | {
+            int(row): f"{self.column} {value[row]:.6g} is above the {self.at_most:.4g} quantile (cut {high:.6g})"
+            for row in np.flatnonzero(above)
+        }
+        failures = {int(row): f"{self.column} is not finite" for row in np.flatnonzero(~finite)}
+        first = low if low is not None else high
+        resolved = {"at_least": low, "at_most": high, "of": int(finite.sum())}
+        return Verdicts(below | above, value, float("nan") if first is None else first, reasons, failures, cut=resolved)
+
+    @staticmethod
+    def _cut(value: np.ndarray, share: float | None) -> float | None:
+        if share is None or not len(value):
+            return None
+        return float(np.quantile(value, share, method="inverted_cdf"))

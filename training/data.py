@@ -119,7 +119,7 @@ class SnapshotSamples:
         wanted = (ds.field("verdict") == "kept") & (ds.field("split") == split)
         found: list[Row] = []
         # The ledger file of the same number holds a shard's rows; anything else means looking through all of them.
-        for candidates in ([f"ledger/{stem}.parquet"], names):
+        for candidates in ([self.shards[shard].get("ledger", f"ledger/{stem}.parquet")], names):
             if not set(candidates) <= set(names):
                 continue
             table = ds.dataset(

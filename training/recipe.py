@@ -28,11 +28,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipelines.recipe import RecipeError
 from stages.contract import digest_of
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be followed; the message says where and what to write instead."""
 
 
 class Section(BaseModel):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
+from pipelines.report.telling import auc
 from pipelines.snapshot import Snapshot
 
 
@@ -81,16 +81,6 @@ def _rankings(rows: Mapping[str, Any], by_kind: Mapping[str, Sequence[Mapping[st
         measured = [row for row in by_kind[kind] if rows[row["key"]]["clip.score"] is not None]
         findings.append(_share(f"{kind} rejected", (rows[row["key"]]["verdict"] != "kept" for row in measured), None))
     return findings
-
-
-def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """The Mann-Whitney probability that a value of `higher` exceeds one of `lower`, ties counted half."""
-    from scipy.stats import rankdata
-
-    if not higher or not lower:
-        return float("nan")
-    ranks = rankdata(np.concatenate([higher, lower]))
-    return float((ranks[: len(higher)].sum() - len(higher) * (len(higher) + 1) / 2) / (len(higher) * len(lower)))
 
 
 def _scores(rows: Mapping[str, Any], planted: Iterable[Mapping[str, Any]], column: str) -> list[float]:

@@ -24,8 +24,8 @@ from pipelines.snapshot import open_snapshot
 VERDICTS = ("kept", "rejected", "failed")
 # Columns that every ledger has; all others were measured by a stage and are called `<stage>.<name>`.
 _OWN = """
-    uid image_id shard key index member source_uid url size_bytes verdict stage rule reason value threshold failed_rules
-    keeper_uid distance split output_shard output_key
+    uid image_id dataset shard key index member source_uid url size_bytes verdict stage rule reason value threshold
+    failed_rules keeper_uid distance split output_shard output_key
 """
 OWN_COLUMNS = frozenset(_OWN.split())
 

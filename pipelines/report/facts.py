@@ -18,6 +18,11 @@ _EXAMPLE = """
     uid image_id shard key index member url verdict stage rule reason value threshold keeper_uid distance split
 """
 EXAMPLE_COLUMNS = tuple(_EXAMPLE.split())
+# What must not be shown: rows that these rules, or rules over a column of these stages, dropped; and rules whose names
+# say as much.
+WITHHOLDING_RULES = ("known_bad", "opt_out")
+WITHHOLDING_STAGES = ("safety", "nudenet")
+WITHHOLDING_WORDS = ("nsfw", "unsafe", "safety", "nude", "nudity", "porn", "violence", "takedown")
 BINS = 36
 FINE_BINS = 4096
 # Reasons of one rule that a page lists, and rows shown of each.
@@ -182,6 +187,8 @@ def asked_text(ledger: Ledger, step: Mapping[str, Any]) -> str:
 def cuts_of(ledger: Ledger, rule: str) -> list[tuple[float, str]]:
     """The numbers a rule cuts at, with words to write beside the line."""
     options = ledger.manifest.get("recipe", {}).get("rules", {}).get(rule, {})
+    if options.get("type") == "quantile":
+        options = ledger.manifest.get("cuts", {}).get(rule) or {}
     found = [
         (float(options[name]), f"{word} {options[name]:.4g}")
         for name, word in (("at_least", "at least"), ("at_most", "at most"))
@@ -314,7 +321,7 @@ def examples(
 
     nearest: a column of numbers and a value; rows closest to it come first.
     """
-    columns = ", ".join(quoted(name) for name in EXAMPLE_COLUMNS if name in ledger.columns)
+    columns = _shown_columns(ledger)
     start = hashlib.sha256(seed.encode()).hexdigest()[:32]
     order, bound = ("", []) if nearest is None else (f"abs(CAST({quoted(nearest[0])} AS DOUBLE) - ?), ", [nearest[1]])
     rows = ledger.rows(
@@ -324,6 +331,40 @@ def examples(
     )
     captions = captions_of(ledger, [row["uid"] for row in rows])
     return [Example(row, captions.get(row["uid"], "")) for row in rows]
+
+
+def withholding(ledger: Ledger) -> tuple[list[str], list[str]]:
+    """Rules whose dropped rows no page may show, and the columns that those of them judge by which measure safety."""
+    recipe = ledger.manifest.get("recipe", {})
+    stages, rules = recipe.get("stages", {}), recipe.get("rules", {})
+    names, columns = [], []
+    for step in ledger.steps:
+        name, column = str(step["rule"]), str(step.get("column") or "")
+        measures_safety = stages.get(column.partition(".")[0], {}).get("type") in WITHHOLDING_STAGES
+        said = f"{name} {column}".lower()
+        if (
+            rules.get(name, {}).get("type", step.get("type")) in WITHHOLDING_RULES
+            or measures_safety
+            or any(word in said for word in WITHHOLDING_WORDS)
+        ):
+            names.append(name)
+            if measures_safety and column in ledger.columns:
+                columns.append(column)
+    return names, columns
+
+
+def _shown_columns(ledger: Ledger) -> str:
+    """The columns of an example as SQL. `withheld`: a rule of `withholding` dropped the row, be it first or after
+    another, or could not look at it since it had been dropped before."""
+    names, columns = withholding(ledger)
+    texts = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
+    conditions = [f"rule IN ({texts})"] if names else []
+    if names and "failed_rules" in ledger.columns:
+        conditions.append(f"list_has_any(failed_rules, [{texts}])")
+    conditions += [f"(verdict <> 'kept' AND {quoted(column)} IS NULL)" for column in columns]
+    withheld = " OR ".join(f"coalesce({condition}, false)" for condition in conditions) or "false"
+    chosen = ", ".join(quoted(name) for name in EXAMPLE_COLUMNS if name in ledger.columns)
+    return f"{chosen}, ({withheld}) AS withheld"
 
 
 def captions_of(ledger: Ledger, uids: Sequence[str]) -> dict[str, str]:
@@ -344,7 +385,7 @@ def add_keepers(ledger: Ledger, many: Sequence[Example]) -> None:
     wanted = sorted({str(one.row["keeper_uid"]) for one in many if one.row.get("keeper_uid")})
     if not wanted:
         return
-    columns = ", ".join(quoted(name) for name in EXAMPLE_COLUMNS if name in ledger.columns)
+    columns = _shown_columns(ledger)
     places = ", ".join("?" for _ in wanted)
     rows = ledger.rows(
         f"SELECT {columns} FROM ledger WHERE uid IN ({places}) ORDER BY verdict <> 'kept', shard, \"index\"", wanted

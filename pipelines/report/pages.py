@@ -24,7 +24,7 @@ from markupsafe import Markup
 from pipelines.lineage.ledger import VERDICTS, Ledger, open_ledger
 from pipelines.lineage.record import code_version
 from pipelines.lineage.tree import Node, duration, printable
-from pipelines.report import facts, plots
+from pipelines.report import facts, groups, plots, telling
 from pipelines.report.pictures import Images, SnapshotImages, Thumbnail, row_thumbnail
 from pipelines.report.runs import (
     Grid,
@@ -41,8 +41,6 @@ PAIRS = 6
 CAPTION_SAMPLES = 10
 LISTED = 200
 LONGEST_TEXT = 600
-# Rules whose examples nobody should have to see by accident.
-VEILED = ("nsfw", "unsafe", "safety", "nude", "porn", "violence")
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,8 @@ class SnapshotBody:
     funnel_lines: Sequence[FunnelLine]
     distributions: Sequence[Mapping[str, Any]]
     rules: Sequence[Mapping[str, Any]]
+    groupings: Sequence[Mapping[str, Any]]
+    telling: Sequence[telling.Telling]
     failures: Sequence[Mapping[str, Any]]
     failure_kinds: int
     captions: Sequence[Mapping[str, Any]]
@@ -114,9 +114,13 @@ class SnapshotBody:
 
     @property
     def sections(self) -> list[tuple[str, str]]:
-        names = [("funnel", "Funnel"), ("measured", "Measured"), ("rules", "Examples"), ("failures", "Failures")]
+        names = [("funnel", "Funnel"), ("measured", "Measured"), ("rules", "Examples"), ("groups", "Groups")]
+        names.append(("telling", "CLIP"))
+        names.append(("failures", "Failures"))
         names += [("captions", "Captions"), ("split", "Held out"), ("lineage", "Lineage"), ("provenance", "Provenance")]
         absent = {"measured": not self.distributions, "captions": not self.captions, "lineage": not self.lineage}
+        absent["groups"] = not self.groupings
+        absent["telling"] = not self.telling
         return [(self.prefix + anchor, name) for anchor, name in names if not absent.get(anchor)]
 
 
@@ -251,7 +255,6 @@ def samples_page(
                     "words": f"{group.rows:,} rows, {len(shots):,} of them shown.",
                     "shots": shots,
                     "pairs": shots if paired else [],
-                    "veil": _veiled(group.title),
                 }
             )
         asked = ", ".join(part for part in (verdict, f"reason {reason!r}" if reason else "") if part) or "every verdict"
@@ -333,6 +336,8 @@ class _Drawer:
 
     def thumbnail(self, row: Mapping[str, Any]) -> Thumbnail:
         place = (row["shard"], row["index"])
+        if row.get("withheld"):
+            return Thumbnail(problem="withheld")
         if place not in self.seen:
             self.seen[place] = row_thumbnail(self.images, row)
         return self.seen[place]
@@ -342,7 +347,7 @@ class _Drawer:
         distance = row.get("distance")
         duplicate = bool(row.get("keeper_uid"))
         value = "" if duplicate else _number(one.shown)
-        caption = _cut(one.caption)
+        caption = "" if row.get("withheld") else _cut(one.caption)
         near = duplicate and distance is not None
         return Shot(
             picture=self.thumbnail(row),
@@ -374,11 +379,6 @@ def _number(value: Any) -> str:
     return _cut(value)
 
 
-def _veiled(*names: Any) -> bool:
-    said = " ".join(map(str, names)).lower()
-    return any(word in said for word in VEILED)
-
-
 # --- a snapshot -------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +390,6 @@ def _snapshot_body(ledger: Ledger, images: Images, lineage: Node | None) -> Snap
     for step in funnel.steps:
         paired = step.type.endswith("_duplicates")
         found = facts.rule_facts(ledger, step, PAIRS if paired else SHOTS)
-        veil = _veiled(step.name, step.column)
         shots = [drawer.shot(one) for one in found.dropped]
         rules.append(
             {
@@ -405,7 +404,6 @@ def _snapshot_body(ledger: Ledger, images: Images, lineage: Node | None) -> Snap
                 "pairs": shots if paired else [],
                 "kept": [drawer.shot(one) for one in found.kept],
                 "kept_how": found.kept_how,
-                "veil": veil,
             }
         )
         if found.distribution:
@@ -420,6 +418,8 @@ def _snapshot_body(ledger: Ledger, images: Images, lineage: Node | None) -> Snap
         funnel_lines=_funnel_lines(funnel),
         distributions=distributions,
         rules=rules,
+        telling=telling.telling_apart(ledger),
+        groupings=[groups.drawn(one, _cut) for one in groups.groupings(ledger)],
         failures=[
             {**one, "reason": _cut(one["reason"]), "keys": [_cut(key) for key in one["keys"] or ()]} for one in failures
         ],

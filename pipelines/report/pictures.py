@@ -10,14 +10,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import tarfile
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from cluster.storage import Folder, resolve
 from pipelines.lineage.ledger import Ledger
+from pipelines.readers.tables import image_column, is_inside, parquet_rows
+from pipelines.readers.tar import tar_places
 
 # images(shard digest, key, member, index in the shard) -> encoded bytes, or None where they are gone.
 Images = Callable[[str, str, str | None, int], bytes | None]
@@ -96,7 +100,7 @@ class SnapshotImages:
         if address:
             try:
                 data = self._raw(address, member, index)
-            except (OSError, ValueError, tarfile.TarError):
+            except (OSError, ValueError):
                 data = None
         return data if data is not None else self._packed(shard, index)
 
@@ -108,7 +112,7 @@ class SnapshotImages:
         if address.lower().endswith(".tar"):
             return self._tar_member(address, member)
         folder = Folder(address)
-        return folder.read(member) if folder.is_file(member) else None
+        return folder.read(member) if folder.is_file(member) and is_inside(folder, member) else None
 
     def _packed(self, shard: str, index: int) -> bytes | None:
         rows = self.ledger.rows(
@@ -123,24 +127,13 @@ class SnapshotImages:
             wanted = rows[0]["output_key"] + "."
             name = next((one for one in names if one.startswith(wanted) and not one.endswith((".txt", ".json"))), None)
             return self._tar_member(address, name) if name else None
-        except (OSError, tarfile.TarError):
+        except OSError:
             return None
 
     def _members(self, address: str) -> dict[str, tuple[int, int]]:
         """Where each member's bytes lie in a tar; headers are read once, contents are not."""
         if address not in self._tars:
-            found: dict[str, tuple[int, int]] = {}
-            filesystem, path = resolve(address)
-            with filesystem.open_input_file(path) as stream:
-                try:
-                    with tarfile.open(fileobj=stream, mode="r:") as archive:
-                        for entry in archive:
-                            archive.members = []  # type: ignore[attr-defined]  # else every header is remembered twice
-                            if entry.isreg():
-                                found.setdefault(entry.name, (entry.offset_data, entry.size))
-                except (tarfile.TarError, EOFError):
-                    pass  # the good part of a damaged tar is still good
-            self._tars[address] = found
+            self._tars[address] = tar_places(*resolve(address))
         return self._tars[address]
 
     def _tar_member(self, address: str, member: str) -> bytes | None:
@@ -153,19 +146,16 @@ class SnapshotImages:
 
 
 def _parquet_image(address: str, index: int) -> bytes | None:
-    """The image bytes of row `index` of a Parquet file; only that row's group and column are read."""
-    import pyarrow.parquet as pq
-
-    from pipelines.readers import _image_column
-
+    """The image bytes of row `index` of a Parquet file; only its group and column are read, a few rows at once."""
     filesystem, path = resolve(address)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
-        column = _image_column(file.schema_arrow)
-        first = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if index < first + count:
-                value = file.read_row_group(group, columns=[column]).column(0)[index - first].as_py()
-                return value.get("bytes") if isinstance(value, dict) else value
-            first += count
-    return None
+        column = image_column(file.schema_arrow)
+        group, first = 0, 0
+        while group < file.num_row_groups and index >= first + file.metadata.row_group(group).num_rows:
+            first += file.metadata.row_group(group).num_rows
+            group += 1
+    if column is None or group == file.num_row_groups:
+        return None
+    row = next(itertools.islice(parquet_rows(address, [column], [group]), index - first, None), {column: None})
+    value = row[column]
+    return value.get("bytes") if isinstance(value, dict) else value

@@ -166,6 +166,13 @@ def test_no_rows_at_all_have_no_duplicates():
     assert not NearDuplicates().judge(table).rejected.any()
 
 
+def test_rows_without_bytes_are_nobodys_copies():
+    table = make_table([row("a", 0), row("b", 0), row("c", 0)])
+    table["image_id"] = np.array([None, "00ff" * 8, None], object)
+    assert not ExactDuplicates().judge(table).rejected.any()
+    assert set(ExactDuplicates().part_of(table, 3, {})) <= {0, 1, 2}
+
+
 def test_a_radius_that_cannot_be_searched_completely_is_refused():
     with pytest.raises(ValueError, match="radius 12"):
         NearDuplicates(radius=12)

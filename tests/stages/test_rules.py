@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stages.rules import Threshold, TopFraction
+from stages.rules import Quantile, Threshold, TopFraction
 
 
 def table(**columns):
@@ -82,3 +82,33 @@ def test_null_may_be_one_of_the_values_that_pass():
     answer = Threshold(column="x", one_of=("en", None)).judge(table(x=column))
     assert answer.rejected.tolist() == [False, False, True]
     assert answer.reasons == {2: "x 'de' is none of en, None"}
+
+
+def test_top_fraction_of_one_keeps_every_row_that_has_a_number():
+    # An index of n into n sorted values is where a threshold taken by position falls over.
+    answer = TopFraction(column="x", fraction=1.0).judge(table(x=np.array([0.5, 0.1, np.nan, 0.1])))
+    assert not answer.rejected.any()
+    assert list(answer.failures) == [2]
+    assert answer.cut == {"fraction": 1.0, "cut": 0.1, "kept": 3, "of": 3}
+
+
+def test_quantile_keeps_what_lies_between_and_ties_together():
+    answer = Quantile(column="x", at_least=0.3, at_most=0.8).judge(table(x=np.arange(1.0, 11.0)))
+    assert answer.rejected.tolist() == [True] * 2 + [False] * 6 + [True] * 2
+    assert answer.cut == {"at_least": 3.0, "at_most": 8.0, "of": 10}
+    assert answer.reasons[0] == "x 1 is below the 0.3 quantile (cut 3)"
+    tied = Quantile(column="x", at_least=0.5).judge(table(x=np.array([1.0, 2.0, 2.0, 2.0])))
+    assert tied.rejected.tolist() == [True, False, False, False]
+
+
+def test_quantile_fails_values_that_are_not_finite_and_takes_an_empty_table():
+    answer = Quantile(column="x", at_least=0.5).judge(table(x=np.array([np.nan, 1.0, np.inf, 3.0])))
+    assert set(answer.failures) == {0, 2}
+    assert answer.cut == {"at_least": 1.0, "at_most": None, "of": 2}
+    assert not Quantile(column="x", at_most=0.5).judge(table(x=np.zeros(0))).rejected.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"at_least": 2}, {"at_most": -0.1}])
+def test_quantile_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match="quantile"):
+        Quantile(column="x", **options)
