@@ -1,13 +1,15 @@
-"""Thresholds made for another model: 0.28 on a CLIP score is ViT-B/32's, and keeps another share with any other.
+"""Thresholds of another scale: 0.28 is ViT-B/32's CLIP score, and 0.5 means nothing on an aesthetic scale of 1 to 10.
 
 A recipe that asks another model's score for one of ViT-B/32's well-known thresholds gets a warning with its plan. Where
 both models have measured the same rows (a second `clip_score` stage with ViT-B-32, or a score that came with the data),
-the warning names the threshold that keeps the same share of rows.
+the warning names the threshold that keeps the same share of rows. A threshold outside the scale that its column tells
+is named too.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -16,6 +18,7 @@ import numpy as np
 from cluster.storage import Folder
 from pipelines.measure import READER_COLUMNS, read_columns
 from pipelines.plan import Plan
+from pipelines.recipe import Recipe
 from stages.clip_score import ClipScore
 from stages.rules import Threshold
 
@@ -25,6 +28,26 @@ MOST_ROWS = 1_000_000
 
 
 def scale_warnings(plan: Plan, store: Folder) -> list[str]:
+    """A sentence for every rule with a threshold that belongs to another scale than its column's."""
+    return [*_clip_warnings(plan, store), *_range_warnings(plan.recipe)]
+
+
+def _range_warnings(recipe: Recipe) -> list[str]:
+    """Thresholds outside the range that a column's scale tells: no row falls under them, or every row does."""
+    scales = {f"{name}.{column.name}": column.scale for name, stage in recipe.stages.items() for column in stage.adds}
+    found = []
+    for name, rule in recipe.rules.items():
+        if not isinstance(rule, Threshold):
+            continue
+        told = re.search(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)", scales.get(rule.column, ""))
+        for option in ("at_least", "at_most"):
+            asked = getattr(rule, option)
+            if told and asked is not None and not float(told[1]) <= asked <= float(told[2]):
+                found.append(f"rules.{name}: {option} {asked:g} lies outside the scale of {rule.column}, {told.string}")
+    return found
+
+
+def _clip_warnings(plan: Plan, store: Folder) -> list[str]:
     """A sentence for every rule that asks a CLIP score for a threshold of another CLIP's scale."""
     stages = {name: stage for name, stage in plan.recipe.stages.items() if isinstance(stage, ClipScore)}
     found = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -186,7 +187,8 @@ class OptOut(_ListRule):
     tags: column of robots-style tags (the X-Robots-Tag header, or a page's robots), as text in any notation; a row with
     one of `refuse` in it is dropped, whichever agent the tag is addressed to. licence: column of licences, of which
     only `licences` are kept (nothing is asked where that is empty; a row without one is dropped where it is not).
-    domains: hosts, subdomains included, whose URLs are refused, beside those of `file`.
+    domains: hosts, subdomains included, whose URLs are refused, beside those of `file`. A column may be spelled
+    `metadata.<key>`: that key of the JSON in the column `metadata`, where readers leave what a dataset says of a row.
     """
 
     type: ClassVar[str] = "opt_out"
@@ -205,8 +207,8 @@ class OptOut(_ListRule):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        columns = ("sha256", "image_id", "url")
-        return (*columns, *(name for name in (self.tags, self.licence) if name))
+        more = [_column_of(name) for name in (self.tags, self.licence) if name]
+        return ("sha256", "image_id", "url", *dict.fromkeys(more))
 
     def threshold_text(self) -> str:
         parts = {
@@ -237,12 +239,29 @@ class OptOut(_ListRule):
         if domain := is_under(domain_of(row["url"]), domains):
             return f"opt-out: domain {domain}"
         if self.tags:
-            found = tags_of(row[self.tags]) & {tag.lower() for tag in self.refuse}
+            found = tags_of(_value_of(row, self.tags)) & {tag.lower() for tag in self.refuse}
             if found:
                 return f"opt-out: {', '.join(sorted(found))}"
-        if self.licence and _plain(row[self.licence]) not in licences:
-            return f"opt-out: licence {str(row[self.licence] or 'not given')[:60]}"
+        if self.licence:
+            licence = _value_of(row, self.licence)
+            if _plain(licence) not in licences:
+                return f"opt-out: licence {str(licence or 'not given')[:60]}"
         return None
+
+
+def _column_of(name: str) -> str:
+    return "metadata" if name.startswith("metadata.") else name
+
+
+def _value_of(row: Mapping[str, Any], name: str) -> Any:
+    """A column's value, or for `metadata.<key>` that key of its JSON; None where there is none."""
+    if not name.startswith("metadata."):
+        return row[name]
+    try:
+        told = json.loads(row["metadata"] or "{}")
+    except ValueError:
+        return None
+    return told.get(name.removeprefix("metadata.")) if isinstance(told, dict) else None
 
 
 def tags_of(value: Any) -> frozenset[str]:

@@ -330,7 +330,7 @@ def examples(
         [*values, *bound, start],
     )
     captions = captions_of(ledger, [row["uid"] for row in rows])
-    return [Example(row, captions.get(row["uid"], "")) for row in rows]
+    return [Example(row, "" if row["withheld"] else captions.get(row["uid"], "")) for row in rows]
 
 
 def withholding(ledger: Ledger) -> tuple[list[str], list[str]]:
@@ -404,7 +404,7 @@ def add_keepers(ledger: Ledger, many: Sequence[Example]) -> None:
             None,
         )
         if found:
-            one.keeper = Example(found, captions.get(found["uid"], ""))
+            one.keeper = Example(found, "" if found["withheld"] else captions.get(found["uid"], ""))
 
 
 def causes_of(ledger: Ledger, step: Step) -> list[Cause]:

@@ -17,6 +17,8 @@ LISTED_GROUPS = 12
 # Groups asked of the ledger, the largest first; and rows a group needs before its loss is worth a warning.
 MOST_GROUPS = 20_000
 WARN_ROWS = 10
+# Stands for a column: the folder that a row's raw shard came from.
+FOLDER = "folder of the raw shard"
 
 
 @dataclass(frozen=True)
@@ -55,34 +57,33 @@ def groupings(ledger: Ledger) -> list[Grouping]:
     rules = [str(step["rule"]) for step in ledger.steps]
     if not rules:
         return []
-    found = [_grouping(ledger, kind, column, sql, rules) for kind, column, sql in _kinds(ledger)]
-    return [one for one in found if one is not None]
+    found = []
+    for kind, columns in _kinds(ledger):
+        made = (_grouping(ledger, kind, column, rules) for column in columns)
+        # The first column that tells rows apart: a run of one dataset may still have several folders.
+        first = next((one for one in made if one is not None), None)
+        if first is not None:
+            found.append(first)
+    return found
 
 
-def _kinds(ledger: Ledger) -> list[tuple[str, str, str]]:
-    """(kind, column, SQL expression) of everything rows can be grouped by."""
+def _kinds(ledger: Ledger) -> list[tuple[str, list[str]]]:
+    """(kind, columns of the ledger by which rows can be grouped so, the best first)."""
     recipe = ledger.manifest.get("recipe", {})
     stages, rules = recipe.get("stages", {}), recipe.get("rules", {})
     clusters = [f"{name}.cluster" for name, rule in rules.items() if rule.get("type") == "balance"]
     languages = [f"{name}.code" for name, stage in stages.items() if stage.get("type") == "language"]
-    kinds = []
-    for kind, candidates in (
-        ("concept cluster", clusters),
-        ("language", [*languages, "language", "meta.language"]),
-        ("source", ["source", "meta.source", "dataset"]),
-    ):
-        column = next((name for name in candidates if name in ledger.columns), None)
-        if column == "dataset" and not ledger.rows("SELECT 1 FROM ledger WHERE dataset IS NOT NULL LIMIT 1"):
-            column = None  # one dataset without a name
-        if column:
-            kinds.append((kind, column, f"CAST({quoted(column)} AS VARCHAR)"))
-        elif kind == "source":
-            kinds.append((kind, "folder of the raw shard", "input_folder"))
-    return kinds
+    candidates = {
+        "concept cluster": clusters,
+        "language": [*languages, "language", "meta.language"],
+        "source": ["source", "meta.source", "dataset", FOLDER],
+    }
+    known = {FOLDER, *ledger.columns}
+    return [(kind, [name for name in names if name in known]) for kind, names in candidates.items()]
 
 
-def _grouping(ledger: Ledger, kind: str, column: str, sql: str, rules: Sequence[str]) -> Grouping | None:
-    counted = _counts(ledger, kind, sql, rules)
+def _grouping(ledger: Ledger, kind: str, column: str, rules: Sequence[str]) -> Grouping | None:
+    counted = _counts(ledger, kind, column, rules)
     if len(counted) < 2:
         return None
     groups = [_group(name, ends, len(rules)) for name, ends in counted.items()]
@@ -98,11 +99,11 @@ def _grouping(ledger: Ledger, kind: str, column: str, sql: str, rules: Sequence[
     )
 
 
-def _counts(ledger: Ledger, kind: str, sql: str, rules: Sequence[str]) -> dict[str, dict[int, int]]:
+def _counts(ledger: Ledger, kind: str, column: str, rules: Sequence[str]) -> dict[str, dict[int, int]]:
     """Group -> place of the rule that ended a row (the number of rules for kept ones) -> rows."""
     cases = " ".join(f"WHEN rule = ? THEN {number}" for number in range(len(rules)))
     place = f"CASE {cases} ELSE {len(rules)} END"
-    if sql == "input_folder":
+    if column == FOLDER:
         named = ledger.rows(
             f"SELECT shard AS name, {place} AS place, count(*) AS rows FROM ledger WHERE verdict <> 'failed' "
             "GROUP BY name, place",
@@ -111,6 +112,7 @@ def _counts(ledger: Ledger, kind: str, sql: str, rules: Sequence[str]) -> dict[s
         folders = {digest: str(said.get("address") or "").rpartition("/")[0] for digest, said in ledger.inputs.items()}
         named = [{**one, "name": folders.get(one["name"]) or "(unknown)"} for one in named]
     else:
+        sql = f"CAST({quoted(column)} AS VARCHAR)"
         known = f"{sql} IS NOT NULL" if kind == "concept cluster" else "true"
         named = ledger.rows(
             f"SELECT coalesce({sql}, '(unknown)') AS name, {place} AS place, count(*) AS rows FROM ledger "

@@ -347,7 +347,7 @@ class _Drawer:
         distance = row.get("distance")
         duplicate = bool(row.get("keeper_uid"))
         value = "" if duplicate else _number(one.shown)
-        caption = "" if row.get("withheld") else _cut(one.caption)
+        caption = _cut(one.caption)
         near = duplicate and distance is not None
         return Shot(
             picture=self.thumbnail(row),

@@ -19,6 +19,9 @@ INSTEAD = {
         "rules.short_side.at_least=32",
         "stages.clip.model=clip",
         "stages.clip.pretrained=''",
+        "stages.probe.model=clip",
+        "stages.probe.pretrained=''",
+        "rules.flat.at_most=1",
         "stages.aesthetic.head=aesthetic",
         "rules.clip_score.at_least=-1",
     ]

@@ -130,6 +130,12 @@ def test_no_page_shows_them_or_their_captions(guarded: Snapshot) -> None:
         assert not [number for number in range(4) if f"SECRET{number} " in page]
 
 
+def test_the_command_prints_none_of_their_captions_either(guarded: Snapshot, sluice, tmp_path: Path) -> None:
+    printed = sluice("show", guarded.folder.url, "--json", cwd=tmp_path).stdout
+    assert "SECRET4 " in printed
+    assert not [number for number in range(4) if f"SECRET{number} " in printed]
+
+
 def test_a_snapshot_with_a_list_can_be_judged_again_once_the_list_is_named(guarded: Snapshot, world: Path) -> None:
     base = {name: guarded.manifest["recipe"][name] for name in ("stages", "rules", "held_out", "pack")}
     with pytest.raises(ValueError, match="is not there; give its path"):

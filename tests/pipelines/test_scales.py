@@ -12,7 +12,7 @@ from cluster.engine import open_engine
 from cluster.storage import Folder
 from pipelines.recipe import load_recipe
 from pipelines.runner import Options, curate, describe_plan, plan_run
-from pipelines.scales import equal_share_threshold
+from pipelines.scales import _range_warnings, equal_share_threshold
 from stages.clip_score import ClipScore
 from stages.contract import Context
 from tests.pipelines import raw
@@ -39,6 +39,25 @@ def test_vit_b_32_is_known_by_name_and_by_architecture(tmp_path: Path) -> None:
     config = {"model_cfg": {"embed_dim": 512, "vision_cfg": vision}}
     (tmp_path / "mine" / "open_clip_config.json").write_text(json.dumps(config))
     assert ClipScore(model=str(tmp_path / "mine")).is_b32(Context())
+
+
+def test_a_threshold_outside_its_columns_scale_is_told() -> None:
+    """0.5 on a scale of about 1 to 10 lets nearly everything pass, and has been a default elsewhere."""
+    stages = {
+        "clip": {"type": "clip_score", "model": "clip"},
+        "aesthetic": {"head": "aesthetic"},
+        "safety": {"head": "head.safetensors"},
+    }
+    rules = {
+        "pretty": {"column": "aesthetic.score", "at_least": 0.5},
+        "prettier": {"column": "aesthetic.score", "at_least": 5},
+        "safe": {"column": "safety.score", "at_most": 30},
+        "true": {"column": "clip.score", "at_least": -1},
+    }
+    assert _range_warnings(load_recipe({"stages": stages, "rules": rules})) == [
+        "rules.pretty: at_least 0.5 lies outside the scale of aesthetic.score, about 1..10",
+        "rules.safe: at_most 30 lies outside the scale of safety.score, probability 0..1",
+    ]
 
 
 def recipe_of(world: str, **stages: dict) -> dict:

@@ -75,6 +75,20 @@ def test_opt_outs_each_with_its_reason(tmp_path):
     }
 
 
+def test_tags_and_licences_are_found_in_what_a_dataset_says_of_a_row():
+    both = '{"robots": "noai", "license": "cc0"}'
+    told = objects(both, '{"license": "CC0"}', '{"license": ["x"]}', "not json", None, "[1]")
+    rule = OptOut(tags="metadata.robots", licence="metadata.license", licences=("cc0",))
+    assert rule.needs == ("sha256", "image_id", "url", "metadata")
+    assert reasons(rule, table(metadata=told)) == {
+        0: "opt-out: noai",
+        2: "opt-out: licence ['x']",
+        3: "opt-out: licence not given",
+        4: "opt-out: licence not given",
+        5: "opt-out: licence not given",
+    }
+
+
 def test_domains_reach_their_subdomains_and_no_others():
     domains = frozenset({"example.com"})
     assert is_under("a.b.example.com", domains) == "example.com"
