@@ -24,7 +24,7 @@ from typing import Any
 
 import aiohttp
 
-from stages.captioners import ERROR, REFUSED, SUCCESS, TRUNCATED, Answer, Sampling
+from stages.captioners import ERROR, REFUSED, SKIPPED, SUCCESS, TRUNCATED, Answer, Sampling
 
 MAY_PASS = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 HOPELESS = {401, 403, 404}
@@ -110,8 +110,8 @@ class ChatServer:
     def ask_all(
         self, questions: Iterable[Question], record: Callable[[Sequence[tuple[Question, Answer]]], None]
     ) -> dict[str, Answer]:
-        """Answers by key. `record` has returned for every answer given here that the server sent; errors are not
-        recorded. Raises ServerError when going on is pointless."""
+        """Answers by key. `record` has returned for every answer given here that the server sent; errors and skipped
+        pictures are not recorded. Raises ServerError when going on is pointless."""
         started = time.monotonic()
         try:
             return asyncio.run(_Round(self, questions, record).run())
@@ -191,7 +191,7 @@ class _Round:
                 # Making the picture small is work for another thread: others are under way meanwhile.
                 picture = await asyncio.to_thread(question.picture)
             except ValueError as problem:
-                self.answers[question.key] = Answer(ERROR, reason=_short(problem))
+                self.answers[question.key] = Answer(SKIPPED, reason=_short(problem))
                 continue
             answer, is_final = await self._ask(session, question, picture)
             if is_final:

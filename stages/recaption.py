@@ -18,19 +18,32 @@ A remote model is not deterministic: its recorded answers are.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from stages.answers import FILE as ANSWERS_FILE
 from stages.answers import AnswerBook
 from stages.caption_cleaning import clean
 from stages.captioners import SKIPPED, SUCCESS, TRUNCATED, Answer, Sampling, open_vlm, vlm_files
-from stages.contract import Batch, Column, Columns, Context, Measure, Resources, Stage, digest_of, weights_digest
-from stages.contract import file_digest as digest_of_file
+from stages.contract import (
+    Batch,
+    Column,
+    Columns,
+    Context,
+    Measure,
+    Resources,
+    Stage,
+    digest_of,
+    file_digest,
+    weights_digest,
+)
 from stages.decode import upright_rgb
 
 if TYPE_CHECKING:
@@ -123,16 +136,30 @@ class Recaption(Stage):
         texts = [context.find(p[1:]).read_text(encoding="utf-8") if p.startswith("@") else p for p in self.prompts]
         return [text.strip() for text in texts]
 
-    def model_identity(self, context: Context) -> tuple[str, str]:
-        """(model, revision) as the captions table names them."""
-        if self.engine == "server":
-            return self.model, self.revision
-        files = vlm_files(context.find(self.model))
-        return Path(self.model).name, weights_digest((name, digest_of_file(path)) for name, path in files.items())
+    def model_identity(self, digest: str) -> tuple[str, str]:
+        """(model, revision) as the captions table names them; digest: of `weights`, which is a folder's revision."""
+        return (self.model, self.revision) if self.engine == "server" else (Path(self.model).name, digest)
 
     def usd(self, prompt_tokens: float, completion_tokens: float) -> float:
         """What so many tokens cost at the recipe's prices."""
         return (prompt_tokens * self.usd_per_million_in + completion_tokens * self.usd_per_million_out) / 1e6
+
+    def estimate(self, context: Context, rows: int | None) -> str:
+        """What captions for at most `rows` rows will cost, by the means of what this model has answered so far."""
+        answers = None if rows is None else rows * len(self.prompts) * self.captions
+        wanted = "an unknown number of" if answers is None else f"at most {answers:,}"
+        book = AnswerBook(context.cache) if (Path(context.cache) / ANSWERS_FILE).is_file() else None
+        recorded, asked, given = book.tokens(Path(self.model).name) if book else (0, 0.0, 0.0)
+        if not recorded:
+            return (
+                f"{wanted} answers; no answers of {self.model} are recorded yet: a run with --limit 100 tells the cost"
+            )
+        if answers is None:
+            return f"{wanted} answers, {asked:,.0f} + {given:,.0f} tokens each (means of {recorded:,} recorded answers)"
+        return (
+            f"{wanted} answers, {answers * asked:,.0f} + {answers * given:,.0f} tokens, "
+            f"USD {self.usd(answers * asked, answers * given):,.2f} (means of {recorded:,} recorded answers)"
+        )
 
     def open(self, context: Context) -> Measure:
         """Raises ServerError, FileNotFoundError or ValueError at once where no caption could come."""
@@ -159,7 +186,9 @@ class _Recaptioner:
 
     def __init__(self, stage: Recaption, context: Context) -> None:
         self.stage = stage
-        self.model, self.revision = stage.model_identity(context)
+        files = stage.weights(context)
+        digest = weights_digest((name, file_digest(path)) for name, path in files.items())
+        self.model, self.revision = stage.model_identity(digest)
         self.prompts = stage.prompt_texts(context)
         self.book = AnswerBook(context.cache)
         self.spent = {"asked": 0.0, "recorded before": 0.0, "tokens": 0.0, "retries": 0.0, "USD": 0.0}
@@ -186,12 +215,11 @@ class _Recaptioner:
         return self._columns([self._answers(row, flaws, asks, answers) for row in rows])
 
     def _flaw(self, batch: Batch, row: int) -> str | None:
-        """Why a picture is not shown to a model, or None."""
-        picture = batch.image(row)
-        if picture is None:
+        """Why a picture is not shown to a model, from its header alone; or None."""
+        header = batch.header(row)
+        if header is None:
             return batch.image_error(row) or "no picture"
-        short, long = sorted(picture.size)
-        _release(batch, row)
+        short, long = sorted(header.size)
         if short < self.stage.min_side:
             return f"short side {short} px, less than {self.stage.min_side}"
         if long / short > self.stage.max_aspect:
@@ -199,13 +227,13 @@ class _Recaptioner:
         return None
 
     def _small(self, batch: Batch, row: int) -> Image.Image:
-        """The picture as a model gets it: upright, RGB, its long side at most max_side."""
+        """The picture as a model gets it: upright, RGB, its long side at most max_side. Raises ValueError."""
         picture = batch.image(row)
         if picture is None:
             raise ValueError(batch.image_error(row) or "no picture")
         small = upright_rgb(picture)
         small.thumbnail((self.stage.max_side, self.stage.max_side))
-        _release(batch, row)
+        batch.images[row].release()  # a captioner's batch is far larger than what may lie in memory decoded
         return small
 
     def _asks(self, image_id: str, row: int) -> list[_Ask]:
@@ -270,8 +298,13 @@ class _Recaptioner:
         def ask(asks: Sequence[_Ask], picture: Callable, record: Callable) -> dict[str, Answer]:
             answers: dict[str, Answer] = {}
             for start in range(0, len(asks), self.stage.model_batch):
-                part = asks[start : start + self.stage.model_batch]
-                pictures = [picture(one.row) for one in part]
+                part, pictures = [], []
+                for one in asks[start : start + self.stage.model_batch]:
+                    try:
+                        pictures.append(picture(one.row))
+                        part.append(one)
+                    except ValueError as problem:
+                        answers[one.key] = Answer(SKIPPED, reason=str(problem))
                 seeds = [one.seed for one in part]
                 given = model.ask(pictures, [one.prompt for one in part], self.stage.sampling, seeds)
                 fresh = {one.key: answer for one, answer in zip(part, given, strict=True)}
@@ -297,9 +330,18 @@ class _Recaptioner:
         server.check()
 
         def ask(asks: Sequence[_Ask], picture: Callable, record: Callable) -> dict[str, Answer]:
+            # Several questions about one picture come from several threads: it is made small once, by the first.
+            locks = {one.row: threading.Lock() for one in asks}
+            urls: dict[int, str] = {}
+
+            def url_of(row: int) -> str:
+                with locks[row]:
+                    if row not in urls:
+                        urls[row] = data_url(picture(row))
+                    return urls[row]
+
             questions = [
-                Question(a.key, a.prompt, self.stage.sampling, a.seed, lambda row=a.row: data_url(picture(row)))
-                for a in asks
+                Question(a.key, a.prompt, self.stage.sampling, a.seed, functools.partial(url_of, a.row)) for a in asks
             ]
             before = server.tally.retries
             answers = server.ask_all(questions, lambda fresh: record({q.key: answer for q, answer in fresh}))
@@ -329,10 +371,3 @@ def language_detector() -> Callable[[str], tuple[str, float]]:
         return found["lang"], found["score"]
 
     return detect
-
-
-def _release(batch: Batch, row: int) -> None:
-    """Let a picture's pixels go: a captioner's batch is far larger than what may lie in memory decoded."""
-    release = getattr(batch.images[row], "release", None)
-    if release is not None:
-        release()
