@@ -151,9 +151,7 @@ class Recaption(Stage):
         book = AnswerBook(context.cache) if (Path(context.cache) / ANSWERS_FILE).is_file() else None
         recorded, asked, given = book.tokens(Path(self.model).name) if book else (0, 0.0, 0.0)
         if not recorded:
-            return (
-                f"{wanted} answers; no answers of {self.model} are recorded yet: a run with --limit 100 tells the cost"
-            )
+            return f"{wanted} answers; none of {self.model} is recorded yet: a run with --limit 100 tells the cost"
         if answers is None:
             return f"{wanted} answers, {asked:,.0f} + {given:,.0f} tokens each (means of {recorded:,} recorded answers)"
         return (
