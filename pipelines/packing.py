@@ -363,7 +363,7 @@ def _described(name: str, column: Column, model_digest: str | None) -> dict[str,
 
 def captioners(stages: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each captioner of a recipe: its stage, columns, model, revision and sampling, and the stage that scores it."""
-    scorers = {stage.of: name for name, stage in stages.items() if stage.type == "caption_score"}
+    scorers = {stage.of: name for name, stage in stages.items() if stage.type == "synthetic_score"}
     described = []
     for name, stage in stages.items():
         if stage.type == "recaption":

@@ -47,7 +47,7 @@ STAGE_TYPES = {
     "entropy": "stages.entropy:Entropy",
     "text_coverage": "stages.text_coverage:TextCoverage",
     "recaption": "stages.recaption:Recaption",
-    "caption_score": "stages.caption_score:CaptionScore",
+    "synthetic_score": "stages.synthetic_score:SyntheticScore",
 }
 RULE_TYPES = {
     "threshold": "stages.rules:Threshold",

@@ -330,6 +330,7 @@ def _pack(
     plan: Plan, measured: Measured, judged: Mapping[str, Any], store: Folder, engine: Engine, options: Options
 ) -> list[dict[str, Any]]:
     run = plan.recipe.pack.input_shards
+
     def stage_of(kind: str) -> str | None:
         return next((name for name, stage in plan.recipe.stages.items() if stage.type == kind), None)
 

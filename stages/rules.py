@@ -264,9 +264,7 @@ class Quantile(Rule):
         failures = {int(row): f"{self.column} is not finite" for row in np.flatnonzero(~finite)}
         first = low if low is not None else high
         resolved = {"at_least": low, "at_most": high, "of": int(finite.sum())}
-        return Verdicts(
-            below | above, value, float("nan") if first is None else first, reasons, failures, cut=resolved
-        )
+        return Verdicts(below | above, value, float("nan") if first is None else first, reasons, failures, cut=resolved)
 
     @staticmethod
     def _cut(value: np.ndarray, share: float | None) -> float | None:

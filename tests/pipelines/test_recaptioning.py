@@ -45,7 +45,7 @@ def recipe(folder: Path, server: str, **options: Any) -> dict[str, Any]:
                 "after": ["near"],
                 **options,
             },
-            "scores": {"type": "caption_score", "of": "short", "model": "clip", "after": ["near"]},
+            "scores": {"type": "synthetic_score", "of": "short", "model": "clip", "after": ["near"]},
         },
     }
 

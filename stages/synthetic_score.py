@@ -3,7 +3,7 @@
     stages:
       clip:   {type: clip_score, model: ViT-L-14, pretrained: openai}
       short:  {type: recaption, model: small-vlm}
-      scores: {type: caption_score, of: short, clip: clip, model: ViT-L-14, pretrained: openai}
+      scores: {type: synthetic_score, of: short, clip: clip, model: ViT-L-14, pretrained: openai}
 
 Model and weights must be those of the stage `clip`, whose picture embeddings are read: no picture is decoded again, and
 only the text tower runs. It reads so many tokens (77 in OpenAI's models) and cuts the rest away, so that the end of a
@@ -30,13 +30,13 @@ _SENTENCES = re.compile(r"(?<=[.!?。！？;])\s+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionScore(Stage):
+class SyntheticScore(Stage):
     """Cosine of picture and caption for every caption of the captioner `of` that has a text, and its text tokens.
 
     tokens counts start and end marks of every chunk. compute_batch: chunks in one pass of the text tower.
     """
 
-    type: ClassVar[str] = "caption_score"
+    type: ClassVar[str] = "synthetic_score"
     adds: ClassVar[tuple[Column, ...]] = (
         Column("scores", "float32[]", scale="cosine -1..1", captions=True),
         Column("tokens", "int32[]", unit="tokens", captions=True),
@@ -88,7 +88,7 @@ class CaptionScore(Stage):
                 image_D = np.asarray(batch[self.needs[0]][row], np.float32)
                 if image_D.shape != text_D.shape:
                     raise ValueError(
-                        f"caption_score: {self.needs[0]} has {image_D.size} numbers and {self.model} gives "
+                        f"synthetic_score: {self.needs[0]} has {image_D.size} numbers and {self.model} gives "
                         f"{text_D.size}: name the model and weights of the stage {self.clip}"
                     )
                 cosine = float(image_D @ text_D / max(float(np.linalg.norm(image_D)), 1e-12))

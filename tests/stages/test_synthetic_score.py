@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pipelines.runner import SHIPPED_MODELS
-from stages.caption_score import CaptionScore, chunks_of
 from stages.clip_score import ClipScore
 from stages.contract import Batch, Context
 from stages.decode import EncodedImage
+from stages.synthetic_score import SyntheticScore, chunks_of
 from tests.pipelines import raw
 
 CONTEXT = Context(models=(SHIPPED_MODELS,))
@@ -28,7 +28,7 @@ def measured(texts: list[list[str] | None], statuses: list[list[str] | None]) ->
         "short.texts": texts,
         "short.statuses": statuses,
     }
-    answer = CaptionScore(of="short", model="clip").open(CONTEXT)(Batch(columns))
+    answer = SyntheticScore(of="short", model="clip").open(CONTEXT)(Batch(columns))
     return {**answer.values, "errors": answer.errors}, list(images.values["score"])
 
 
