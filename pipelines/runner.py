@@ -496,8 +496,8 @@ def describe_plan(plan: Plan, store: Folder) -> str:
                     state += f", estimate {seconds:,.0f} CPU seconds"
             adds = ", ".join(f"{job.name}.{column.name}" for column in job.columns)
             lines.append(f"  {job.name:12s} {adds}: {state}")
-            if job.stage.type == "recaption":
-                lines.append(f"  {job.name}: {job.stage.estimate(plan.context, rows)}")
+            if cost := job.stage.estimate(plan.context, rows):
+                lines.append(f"  {job.name}: {cost}")
     lines.append("judge     " + (" > ".join(plan.recipe.rules) or "no rules: every row that opens is kept"))
     for name, model in plan.models.items():
         lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")

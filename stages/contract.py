@@ -195,6 +195,10 @@ class Stage:
         """Files whose content decides this stage's numbers, by a short stable name; their digests join its identity."""
         return {}
 
+    def estimate(self, context: Context, rows: int | None) -> str:
+        """What at most `rows` rows (None: not known) will cost beside CPU time, in words for a plan; "" if nothing."""
+        return ""
+
     def open(self, context: Context) -> Measure:
         """Load what is needed, on the worker, and return the function that computes `adds`."""
         raise NotImplementedError
