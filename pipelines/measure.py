@@ -124,7 +124,7 @@ class MeasureWorker:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.store = Folder(config["store"])
-        self.context = Context(models=tuple(config["models"]), device=config["device"])
+        self.context = Context(tuple(config["models"]), config["device"], config.get("cache", ""))
         self.transport_batch: int = config["transport_batch"]
         self.jobs = [StageJob.from_json(job) for job in config["jobs"]]
         self.opened: dict[str, Measure] = {}
@@ -155,7 +155,23 @@ class MeasureWorker:
         for job in todo:
             if needed := _stage_columns(job):
                 self._from_columns(rows, [job], self._load(task, needed), gates, task)
-        return {"shard": task["digest"], "rows": rows.num_rows, "seconds": time.perf_counter() - started}
+        spent = self._spent(todo)
+        return {
+            "shard": task["digest"],
+            "rows": rows.num_rows,
+            "seconds": time.perf_counter() - started,
+            "spent": spent,
+        }
+
+    def _spent(self, jobs: Sequence[StageJob]) -> dict[str, float]:
+        """What costly stages have spent since they were last asked (requests, tokens, money), by name."""
+        spent: dict[str, float] = {}
+        for job in jobs:
+            counts = getattr(self.opened.get(job.name), "spent", {})
+            for name, value in counts.items():
+                spent[name] = spent.get(name, 0) + value
+                counts[name] = 0.0
+        return spent
 
     def _gates(self, task: dict[str, Any]) -> list[str | None] | None:
         """For each row, why it is not to be measured in this pass, or None."""

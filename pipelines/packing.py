@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import IO, Any
 
 import numpy as np
@@ -52,6 +52,11 @@ CAPTIONS_SCHEMA = pa.schema(
         ("token_count", pa.int32()),
         ("clip_score", pa.float32()),
         ("status", pa.string()),
+        ("reason", pa.string()),
+        ("captioner", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
     ]
 )
 
@@ -92,7 +97,8 @@ class PackWorker:
     """Packs one group of input shards a task.
 
     Config: store, columns, clip and caption_scores (the stages with scores of captions and of alternatives, or null),
-    guards (rules whose dropped rows leave no features), shard_samples, shard_bytes (bounds of a tar, or 0).
+    guards (rules whose dropped rows leave no features), shard_samples, shard_bytes (bounds of a tar, or 0), captioners
+    (as `captioners` describes them).
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -102,6 +108,7 @@ class PackWorker:
         self.caption_scores: str | None = config.get("caption_scores")
         self.guards = frozenset(config.get("guards", ()))
         self.bounds: tuple[int, int] = (config["shard_samples"], config["shard_bytes"])
+        self.captioners: list[dict[str, Any]] = config["captioners"]
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Make what is missing of the group's files; returns their logical digests, counts and places."""
@@ -145,7 +152,7 @@ class PackWorker:
 
     def _ledger(self, table: pa.Table) -> pa.Table:
         verdict = ("verdict", "stage", "rule", "reason", "value", "threshold", "failed_rules", "keeper_uid", "distance")
-        measured = [column["name"] for column in self.columns if not column["feature"]]
+        measured = [column["name"] for column in self.columns if not (column["feature"] or column["captions"])]
         return table.select(
             [*LEDGER_READER_COLUMNS, *verdict, "split", "output_shard", "output_key", *measured]
         ).combine_chunks()
@@ -157,6 +164,7 @@ class PackWorker:
         scores = table[f"{self.clip}.score"].to_pylist() if scored else [None] * table.num_rows
         tokens = table[f"{self.clip}.text_tokens"].to_pylist() if scored else [None] * table.num_rows
         alternatives = self._alternative_scores(table)
+        synthetic = [(captioner, self._said(table, captioner)) for captioner in self.captioners]
         for place, row in enumerate(table.select(list(names)).to_pylist()):
             original = (
                 [(row["caption"], "original", tokens[place], scores[place])] if row["caption"] is not None else []
@@ -175,6 +183,7 @@ class PackWorker:
                         "status": "ok" if text.strip() else "empty",
                     }
                 )
+            rows += (caption for said in synthetic for caption in self._synthetic(*said, place, row))
         return pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
 
     def _alternative_scores(self, table: pa.Table) -> list[list[tuple[int | None, float | None]]]:
@@ -188,6 +197,39 @@ class PackWorker:
             list(zip(mine, score, strict=True)) if score is not None else [(None, None)] * count
             for count, mine, score in zip(counts, tokens, scores, strict=True)
         ]
+
+    def _said(self, table: pa.Table, captioner: dict[str, Any]) -> dict[str, list[Any]]:
+        """A captioner's columns and its captions' scores, row by row."""
+        said = {name: table[f"{captioner['stage']}.{name}"].to_pylist() for name in captioner["columns"]}
+        for name in ("scores", "tokens"):
+            column = f"{captioner['score']}.{name}"
+            said[name] = table[column].to_pylist() if captioner["score"] else [None] * table.num_rows
+        return said
+
+    def _synthetic(
+        self, captioner: dict[str, Any], said: dict[str, list[Any]], place: int, row: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """What a captioner said about one row: a caption each, whatever its status; none where it was not asked."""
+        scores, tokens = said["scores"][place], said["tokens"][place]
+        for ordinal, text in enumerate(said["texts"][place] or ()):
+            who = [captioner["model"], captioner["revision"]]
+            asked = [said["prompts"][place][ordinal], captioner["sampling"], ordinal]
+            yield {
+                "uid": row["uid"],
+                "caption_id": digest_of("caption", row["image_id"], "synthetic", who, asked),
+                "source": "synthetic",
+                "model": captioner["model"],
+                "revision": captioner["revision"],
+                "text": text,
+                "token_count": tokens[ordinal] if tokens else None,
+                "clip_score": scores[ordinal] if scores else None,
+                "status": said["statuses"][place][ordinal],
+                "reason": said["reasons"][place][ordinal] or None,
+                "captioner": captioner["stage"],
+                "prompt": said["prompts"][place][ordinal],
+                "prompt_tokens": said["prompt_tokens"][place][ordinal],
+                "completion_tokens": said["completion_tokens"][place][ordinal],
+            }
 
     def _features(self, table: pa.Table) -> pa.Table:
         """Feature columns of every row; null where a rule that guards has dropped the row: nothing of it is cached."""
@@ -390,4 +432,25 @@ def _described(name: str, column: Column, model_digest: str | None) -> dict[str,
         "stage": name,
         "model_digest": model_digest,
         "feature": column.feature,
+        "captions": column.captions,
     }
+
+
+def captioners(stages: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each captioner of a recipe: its stage, columns, model, revision and sampling, and the stage that scores it."""
+    scorers = {stage.of: name for name, stage in stages.items() if stage.type == "synthetic_score"}
+    described = []
+    for name, stage in stages.items():
+        if stage.type == "recaption":
+            model, revision = stage.model_identity(models.get(name, {}).get("digest", ""))
+            described.append(
+                {
+                    "stage": name,
+                    "columns": [column.name for column in stage.adds if column.captions],
+                    "model": model,
+                    "revision": revision,
+                    "sampling": {**stage.sampling.plain(), "seed": stage.seed},
+                    "score": scorers.get(name),
+                }
+            )
+    return described

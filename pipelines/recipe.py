@@ -46,6 +46,8 @@ STAGE_TYPES = {
     "watermark": "stages.watermark:Watermark",
     "entropy": "stages.entropy:Entropy",
     "text_coverage": "stages.text_coverage:TextCoverage",
+    "recaption": "stages.recaption:Recaption",
+    "synthetic_score": "stages.synthetic_score:SyntheticScore",
 }
 RULE_TYPES = {
     "threshold": "stages.rules:Threshold",
@@ -127,10 +129,15 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A curation recipe. `stages` and `rules` keep the order they were written in."""
+    """A curation recipe. `stages` and `rules` keep the order they were written in.
+
+    cache: folder on a disk that every worker reaches, where captioners record what they were answered; it may serve
+    many recipes. Without it, a local output keeps its own.
+    """
 
     input: tuple[Input, ...] = (Input(),)
     output: str = ""
+    cache: str = ""
     models: tuple[str, ...] = ()
     stages: Mapping[str, Stage] = field(default_factory=dict)
     rules: Mapping[str, Rule] = field(default_factory=dict)
@@ -168,8 +175,9 @@ def load_recipe(
     if "models" in raw:
         models = raw["models"] or ()
         sections["models"] = (models,) if isinstance(models, str) else tuple(map(str, models))
-    if "output" in raw:
-        sections["output"] = str(raw["output"])
+    for name in ("output", "cache"):
+        if name in raw:
+            sections[name] = str(raw[name] or "")
     stages = _build_named(raw.get("stages"), "stages", STAGE_TYPES, "sluice.stages", default_type=None)
     rules = _build_named(raw.get("rules"), "rules", RULE_TYPES, "sluice.rules", default_type="threshold")
     return Recipe(**sections, stages=stages, rules=rules)

@@ -34,7 +34,7 @@ from pipelines.judge import JudgedShard, NotMeasuredError
 from pipelines.judging import FOLDER as JUDGING
 from pipelines.judging import Case, judge_all, judge_gate
 from pipelines.measure import MeasureWorker, read_columns
-from pipelines.packing import PACKING_VERSION, PackWorker, ledger_columns
+from pipelines.packing import PACKING_VERSION, PackWorker, captioners, ledger_columns
 from pipelines.plan import Pass, Plan, count_missing, make_plan
 from pipelines.progress import Progress, say
 from pipelines.readers import READER_VERSION, InputShard, discover, names_images, shard_digest
@@ -157,7 +157,8 @@ def _case(plan: Plan, shards: Sequence[JudgedShard], rules: Mapping[str, Rule], 
 
 def context_of(recipe: Recipe, options: Options) -> Context:
     folders = [absolute(folder) for folder in (*options.models, *recipe.models)]
-    return Context(models=(*folders, str(Path.cwd()), SHIPPED_MODELS), device=options.device)
+    cache = recipe.cache or (f"{options.output}/answers" if Folder(options.output).is_local else "")
+    return Context((*folders, str(Path.cwd()), SHIPPED_MODELS), options.device, absolute(cache) if cache else "")
 
 
 def limited(shards: Sequence[InputShard], limit: int) -> list[InputShard]:
@@ -337,13 +338,14 @@ def _run_pass(
         "store": store.url,
         "models": list(plan.context.models),
         "device": plan.context.device,
+        "cache": plan.context.cache,
         "transport_batch": plan.recipe.engine.transport_batch,
         "jobs": [job.to_json() for job in part.jobs],
     }
     gpus = max(job.stage.resources.gpus for job in part.jobs) if plan.context.device != "cpu" else 0.0
     with Progress(title, len(tasks), quiet=options.quiet) as progress:
         for result in engine.map(MeasureWorker, config, tasks, gpus=gpus):
-            progress.advance(rows=result["rows"])
+            progress.advance(rows=result["rows"], spent=result["spent"])
 
 
 # --- judging and packing ---------------------------------------------------------------------------------------------
@@ -457,6 +459,7 @@ def _pack(
         "guards": [name for name, rule in plan.recipe.rules.items() if rule.guards],
         "shard_samples": plan.recipe.pack.shard_samples,
         "shard_bytes": plan.recipe.pack.shard_bytes,
+        "captioners": captioners(plan.recipe.stages, plan.models),
     }
     tasks, records = [], []
     for group, first in enumerate(range(0, len(plan.shards), run)):
@@ -614,6 +617,8 @@ def describe_plan(plan: Plan, store: Folder) -> str:
                     state += f", estimate {seconds:,.0f} CPU seconds"
             adds = ", ".join(f"{job.name}.{column.name}" for column in job.columns)
             lines.append(f"  {job.name:12s} {adds}: {state}")
+            if cost := job.stage.estimate(plan.context, rows):
+                lines.append(f"  {job.name}: {cost}")
     lines.append("judge     " + (" > ".join(plan.recipe.rules) or "no rules: every row that opens is kept"))
     for name, model in plan.models.items():
         lines.append(f"weights   {name}: {', '.join(model['files'])} (digest {model['digest'][:12]})")

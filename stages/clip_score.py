@@ -322,6 +322,29 @@ class _Scorer(PreparedMeasure):
             cosine_B = (image_BD * text_BD).sum(dim=-1)
         return cosine_B.cpu().numpy(), image_BD.cpu().numpy().astype(np.float16)
 
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens that the text tower reads at once, start and end marks included."""
+        return int(self.tokenizer([""]).shape[1])
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, marks included, however many; texts beyond 100 times the context count as that."""
+        return self._token_count(self.tokenizer([text], context_length=100 * self.context_tokens)[0])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, D) float32 text embeddings of unit length, by passes of `compute_batch`, the last one padded."""
+        torch = self.torch
+        found: list[np.ndarray] = []
+        for start in range(0, len(texts), self.stage.compute_batch):
+            part = self.tokenizer(list(texts[start : start + self.stage.compute_batch]))
+            tokens_BL = torch.zeros((self.stage.compute_batch, part.shape[1]), dtype=part.dtype)
+            tokens_BL[: len(part)] = part
+            with torch.inference_mode():
+                text_BD = self.model.encode_text(tokens_BL.to(self.device)).float()
+                text_BD = torch.nn.functional.normalize(text_BD, dim=-1)
+            found.append(text_BD[: len(part)].cpu().numpy())
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
     def _token_count(self, tokens: torch.Tensor) -> int:
         """Tokens up to and including the end mark."""
         inner = getattr(self.tokenizer, "tokenizer", None)

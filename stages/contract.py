@@ -39,6 +39,7 @@ class Column:
     ("halffloat[]" where its length is the model's).
     unit, scale: for people and for checks ("px", "words"; "cosine -1..1", "about 1..10").
     feature: True for wide columns (embeddings) that live in features/ instead of the ledger.
+    captions: True for lists, one item a caption, that become rows of the captions table instead.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Column:
     unit: str = ""
     scale: str = ""
     feature: bool = False
+    captions: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class Context:
 
     models: folders searched, in order, for weights that a recipe names by a relative path.
     device: "cpu", "cuda" or "cuda:N".
+    cache: folder on a disk that every worker reaches, for answers that must never be paid for twice; "" for none.
     """
 
     models: tuple[str, ...] = ()
     device: str = "cpu"
+    cache: str = ""
 
     def find(self, name: str) -> Path:
         """The file or folder called `name`: as given if absolute, else in the first model folder that has it.
@@ -190,6 +194,10 @@ class Stage:
     def weights(self, context: Context) -> Mapping[str, Path]:
         """Files whose content decides this stage's numbers, by a short stable name; their digests join its identity."""
         return {}
+
+    def estimate(self, context: Context, rows: int | None) -> str:
+        """What at most `rows` rows (None: not known) will cost beside CPU time, in words for a plan; "" if nothing."""
+        return ""
 
     def open(self, context: Context) -> Measure:
         """Load what is needed, on the worker, and return the function that computes `adds`."""

@@ -9,6 +9,9 @@ then the samples of each window, so that a worker at any scale touches few shard
 same set in the same order whatever the number of workers; ranks take slices of it. The sampler's whole state is one
 number.
 
+Which of a sample's captions is learnt from is the affair of training.captions; without options it is the original one,
+which lies in the shard beside the picture. Validation always has the originals.
+
 Latents and text features are computed once and kept in memory where the whole snapshot fits in `cache_bytes`;
 otherwise each micro-batch is read, decoded and encoded as it comes. Both ways the encoders see batches that are fixed
 by the data, never by what happens to be missing from a cache: floating-point results differ by batch, and a resumed
@@ -37,6 +40,7 @@ import torch
 from torch import Tensor
 
 from pipelines.snapshot import Snapshot
+from training.captions import Caption, CaptionSampler, usable_captions
 from training.objectives import TrainingBatch
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -90,6 +94,7 @@ class SnapshotSamples:
         self.folder, self.manifest, self.id = snapshot.folder, snapshot.manifest, snapshot.id
         self.shards: list[dict[str, Any]] = list(self.manifest["shards"])
         self._rows: OrderedDict[tuple[int, str], list[Row]] = OrderedDict()
+        self._captions: OrderedDict[int, dict[str, list[Caption]]] = OrderedDict()
         self._members: OrderedDict[int, dict[str, dict[str, tuple[int, int]]]] = OrderedDict()
 
     def count(self, shard: int, split: str) -> int:
@@ -161,6 +166,34 @@ class SnapshotSamples:
         if hashlib.sha256(image).hexdigest()[:32] != row.image_id:
             raise DataError(f"{where} is not the image that the ledger names ({row.image_id}): the shard was changed")
         return Sample(row, image, caption.decode("utf-8"))
+
+    def captions(self, sample: Sample) -> list[Caption]:
+        """Every caption that the snapshot has for a sample; the one beside the picture where the table has none."""
+        shard = sample.row.shard
+        if shard not in self._captions:
+            self._captions[shard] = self._read_captions(shard)
+            while len(self._captions) > 4 * WINDOW_SHARDS:
+                self._captions.popitem(last=False)
+        return self._captions[shard].get(sample.row.uid) or [Caption(sample.caption)]
+
+    def _read_captions(self, shard: int) -> dict[str, list[Caption]]:
+        """uid -> captions. The table of the same number holds a shard's captions; else every table is searched."""
+        import pyarrow.dataset as ds
+
+        names = [name for name in self.manifest["files"] if name.startswith("captions/")]
+        stem = PurePosixPath(str(self.shards[shard]["path"])).stem
+        chosen = [f"captions/{stem}.parquet"] if f"captions/{stem}.parquet" in names else names
+        if not chosen:
+            return {}
+        uids = [row.uid for split in ("train", "held_out") for row in self.rows(shard, split)]
+        columns = ["uid", "caption_id", "source", "text", "clip_score", "status"]
+        table = ds.dataset(
+            [self.folder.at(name) for name in chosen], filesystem=self.folder.filesystem, format="parquet"
+        ).to_table(columns=columns, filter=ds.field("uid").isin(uids))
+        by_uid: dict[str, list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            by_uid.setdefault(row["uid"], []).append(row)
+        return {uid: usable_captions(rows) for uid, rows in by_uid.items()}
 
     def _index(self, shard: int) -> dict[str, dict[str, tuple[int, int]]]:
         """key -> extension -> (offset, size) for one shard, read from the tar's headers."""
@@ -321,6 +354,7 @@ class Batches:
         encoders: Encoders,
         *,
         seed: int,
+        sampler: CaptionSampler | None = None,
         shuffled: bool = True,
         limit: int | None = None,
         cache_bytes: int = 0,
@@ -329,7 +363,7 @@ class Batches:
         share: Share = lambda tensor: tensor,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.source, self.split, self.encoders = samples, split, encoders
+        self.source, self.split, self.encoders, self.sampler = samples, split, encoders, sampler
         self.rank, self.workers, self.share, self.say = rank, workers, share, say
         counts = samples.counts(split)
         if not sum(counts):
@@ -382,10 +416,24 @@ class Batches:
             null_mask_L=self.null_mask[: text.shape[1]],
         )
 
+    def _choices(self, sample: Sample) -> list[Caption]:
+        """The captions that one is chosen from: the original alone unless a sampler is there to choose."""
+        return self.source.captions(sample) if self.sampler else [Caption(sample.caption)]
+
+    def _chosen(self, captions: Sequence[Caption], index: int, uid: str) -> str:
+        """The caption that the sample at a global index is learnt with."""
+        if self.sampler is None:
+            return captions[0].text
+        return self.sampler.choose(captions, uid, index // self.samples).text
+
     def _from_shards(self, part: Slice) -> TrainingBatch:
         samples = [self.source.read(self.row(index), self.split) for index in part.indexes]
         latents = self.encoders.latents([sample.image for sample in samples])
-        return self._batch(latents, *self.encoders.text([sample.caption for sample in samples]), part)
+        captions = [
+            self._chosen(self._choices(sample), index, sample.row.uid)
+            for index, sample in zip(part.indexes, samples, strict=True)
+        ]
+        return self._batch(latents, *self.encoders.text(captions), part)
 
     def _from_cache(self, part: Slice) -> TrainingBatch:
         assert self._cache is not None
@@ -395,7 +443,11 @@ class Batches:
         else:
             places = list(part.indexes)
         chosen = torch.tensor(places)
-        captions = cache.caption[chosen]
+        texts = [
+            self._chosen(cache.captions[place], index, self._in_order(place).uid if self.sampler else "")
+            for place, index in zip(places, part.indexes, strict=True)
+        ]
+        captions = torch.tensor([cache.number[text] for text in texts])
         return self._batch(cache.latents[chosen], cache.text[captions], cache.mask[captions], part)
 
     def _place(self, shard: int, row: int) -> int:
@@ -407,13 +459,13 @@ class Batches:
         """Encode the whole split, each rank a part of it, or None where that would take more than `limit` bytes."""
         first = self.source.read(self._in_order(0), self.split)
         one = self.encoders.latents([first.image])[0]
-        # Distinct captions are not known before all are read; as many as samples is the most there can be.
-        most = self.samples * (one.numel() + self.null_text.numel() + self.null_mask.numel()) * 4
-        if most > limit:
+        # Distinct captions are not known before all are read; those of the first sample for every one is a guess with
+        # several captions each, and the most there can be with one.
+        each = len(self._choices(first)) * (self.null_text.numel() + self.null_mask.numel())
+        if self.samples * (one.numel() + each) * 4 > limit:
             return None
-        texts: dict[int, str] = {}
+        texts: dict[int, list[Caption]] = {}
         latents = torch.zeros(self.samples, *one.shape)
-        captions: list[bytes] = []
         for start, mine in self._chunks(self.samples, ENCODE_IMAGES):
             samples = (
                 [
@@ -425,16 +477,18 @@ class Batches:
             )
             if mine:
                 latents[start : start + len(samples)] = self.encoders.latents([sample.image for sample in samples])
-                texts.update({start + offset: sample.caption for offset, sample in enumerate(samples)})
+                texts.update({start + offset: self._choices(sample) for offset, sample in enumerate(samples)})
         self.share(latents)
-        captions = self._gather([texts.get(place, "").encode() for place in range(self.samples)])
-        distinct = sorted(set(captions))
-        number = {caption: place for place, caption in enumerate(distinct)}
+        plain = ([[one.text, one.source, one.score] for one in texts.get(place, [])] for place in range(self.samples))
+        gathered = self._gather([json.dumps(captions).encode() if captions else b"" for captions in plain])
+        captions = [[Caption(*one) for one in json.loads(mine)] for mine in gathered]
+        distinct = sorted({one.text for choices in captions for one in choices})
+        number = {text: place for place, text in enumerate(distinct)}
         text = torch.zeros(len(distinct), *self.null_text.shape)
         mask = torch.zeros(len(distinct), *self.null_mask.shape)
         for start, mine in self._chunks(len(distinct), ENCODE_CAPTIONS):
             if mine:
-                part = [caption.decode() for caption in distinct[start : start + ENCODE_CAPTIONS]]
+                part = distinct[start : start + ENCODE_CAPTIONS]
                 text[start : start + len(part)], mask[start : start + len(part)] = self.encoders.text(part)
         self.share(text)
         self.share(mask)
@@ -446,7 +500,8 @@ class Batches:
         )
         return _Cache(
             latents,
-            torch.tensor([number[caption] for caption in captions]),
+            captions,
+            number,
             text[:, :length].clone(),
             mask[:, :length].clone(),
         )
@@ -477,10 +532,11 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Cache:
-    """latents (N, C, h, w); caption (N,) points into text (T, L, C) and mask (T, L)."""
+    """latents (N, C, h, w) and the captions of each; number points from a caption into text (T, L, C), mask (T, L)."""
 
     latents: Tensor
-    caption: Tensor
+    captions: list[list[Caption]]
+    number: dict[str, int]
     text: Tensor
     mask: Tensor
 

@@ -38,6 +38,7 @@ from stages.autoencoders import open_autoencoder
 from stages.text_encoders import open_text_encoder
 from training import checkpoint as ckpt
 from training import zero
+from training.captions import CaptionSampler
 from training.data import Batches, Encoders, SnapshotSamples, slices_of_step, training_batches, validation_batches
 from training.ema import Ema
 from training.linear_dit import LinearDiT, LinearDiTConfig, load_diffusers_folder
@@ -283,6 +284,7 @@ class Training:
         recipe, context = self.recipe, self.context
         samples = SnapshotSamples(open_snapshot(self.job.snapshot))
         encoders = Encoders(self.autoencoder, self.text_encoder, self.resolution, context.device)
+        sampler = CaptionSampler(recipe.captions, recipe.seed) if recipe.captions else None
         shared: dict[str, Any] = {
             "cache_bytes": recipe.cache_bytes,
             "rank": context.rank,
@@ -291,7 +293,7 @@ class Training:
             "say": self.log.say,
         }
         return (
-            training_batches(samples, encoders, seed=recipe.seed, **shared),
+            training_batches(samples, encoders, seed=recipe.seed, sampler=sampler, **shared),
             validation_batches(samples, encoders, limit=recipe.validate_samples, **shared),
         )
 

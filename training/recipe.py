@@ -75,14 +75,40 @@ class BatchOptions(Section):
     micro_batch: int = Field(default=32, ge=1)
 
 
+class CaptionOptions(Section):
+    """Which of a sample's captions an epoch learns from (training.captions has the formulas).
+
+    synthetic_fraction: how often a synthetic caption is taken where a sample has both kinds; none: no difference is
+    made. weighting: all alike, or by CLIP score. temperature: of the weighting, on scores of 100·cosine. threshold:
+    captions that score lower are left out (SANA: 25). words_first, words_last, words_epochs: no caption of more words
+    than a limit that rises from the first to the last over so many epochs, and is gone after them.
+    """
+
+    synthetic_fraction: float | None = Field(default=None, ge=0, le=1)
+    weighting: Literal["uniform", "softmax", "power"] = "uniform"
+    temperature: float = Field(default=0.1, gt=0)
+    threshold: float | None = None
+    words_first: int | None = Field(default=None, ge=1)
+    words_last: int | None = Field(default=None, ge=1)
+    words_epochs: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _a_whole_curriculum(self) -> CaptionOptions:
+        given = (self.words_first is not None, self.words_last is not None, self.words_epochs > 0)
+        if any(given) and not all(given):
+            raise ValueError("a length curriculum needs words_first, words_last and words_epochs")
+        return self
+
+
 class Recipe(Section):
     """A training or distillation recipe. Lengths are in optimizer steps.
 
     model: `size` and fields of LinearDiTConfig; in_channels, out_channels, sample_size and caption_channels follow
     from the autoencoder, the resolution and the text encoder unless written down. checkpoint_activations: recompute
     every n-th block in the backward pass; 0 keeps all. autoencoder, text_encoder: options of stages.autoencoders and
-    stages.text_encoders. objective: `type` and its options (training.objectives). precision: of parameters and
-    activations; masters, EMA and optimizer states are float32 always. ema_decay: at the end of its ramp
+    stages.text_encoders. captions: which of a sample's captions is learnt from; without it, the original one.
+    objective: `type` and its options (training.objectives). precision: of parameters and activations; masters, EMA
+    and optimizer states are float32 always. ema_decay: at the end of its ramp
     (training.ema); 0 publishes the raw weights. zero_stage: DeepSpeed's ZeRO stage; 2 holds every SANA size on 80 GB
     cards. workers: one a GPU, or a few a CPU. cache_bytes: latents and text features of the whole snapshot are kept
     in memory when they fit in this, each worker. keep_checkpoints: the newest so many; 0 keeps all. restarts: how
@@ -95,6 +121,7 @@ class Recipe(Section):
     resolution: int | None = Field(default=None, ge=8)
     autoencoder: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
+    captions: CaptionOptions | None = None
     objective: dict[str, Any] = {"type": "flow_matching"}
     optimizer: OptimizerOptions = OptimizerOptions()
     batch: BatchOptions = BatchOptions()

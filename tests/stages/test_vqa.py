@@ -14,7 +14,7 @@ from stages.contract import Batch, Context
 from stages.decode import EncodedImage
 from stages.vqa import TransformersAnswerer, Vqa
 
-WORDS = "<unk> <pad> <s> </s> <image> does this picture show a red blue ball answer yes no or . ? \" Yes No".split()  # noqa: SIM905
+WORDS = '<unk> <pad> <s> </s> <image> does this picture show a red blue ball answer yes no or . ? " Yes No'.split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
