@@ -99,7 +99,8 @@ def wilson(share: float, count: float, level: float = LEVEL) -> tuple[float, flo
     z = float(stats.norm.ppf(0.5 + level / 2))
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The interval holds the share; at 0 and 1 rounding must not push it off.
+    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
 
 
 def _by_group(values: np.ndarray, groups: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
