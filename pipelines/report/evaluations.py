@@ -120,7 +120,8 @@ def evaluation_page(address: str) -> str:
                    "kept" if name == best[0] else "") for name in names[:4]]  # fmt: skip
     meta = [("Snapshot", result["data"]["snapshot"], True), ("Evaluation", result["id"], True)]
     drawn = sum(suite["prompts"] for suite in result["protocol"]["suites"]) * result["protocol"]["repeats"]
-    meta.append(("Drawings a model", f"{drawn:,} of {len(result['protocol']['suites'])} suites", False))
+    suites = ", ".join(suite["name"] for suite in result["protocol"]["suites"]) or "none"
+    meta.append(("Prompts of suites, a model", f"{drawn:,}: {_cut(suites)}", False))
     about = "The same prompts and seeds for every model. Bars are 95 % intervals: where a figure has none, it says why."
     body = EvaluationBody(
         head=Head(
@@ -150,6 +151,11 @@ def _number(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if unit == "share" else f"{value:.4g}"
+
+
+def _gap(value: float, unit: str) -> str:
+    """The size of a difference: of shares in points, which no percentage of a percentage can be mistaken for."""
+    return f"{100 * abs(value):.1f} points" if unit == "share" else f"{abs(value):.4g}"
 
 
 def _span(values: Sequence[Mapping[str, Any]], unit: str) -> tuple[float, float]:
@@ -198,13 +204,13 @@ def _figure(metric: Mapping[str, Any], names: Sequence[str]) -> Figure:
 def _difference(one: Mapping[str, Any], better: str, unit: str) -> tuple[str, str]:
     """A sentence on two models, and "sure" where the interval of their difference leaves 0 out."""
     if one["low"] <= 0 <= one["high"]:
-        most = _number(max(abs(one["low"]), abs(one["high"])), unit)
+        most = _gap(max(abs(one["low"]), abs(one["high"])), unit)
         return f"{one['first']} and {one['second']} cannot be told apart (at most {most} between them)", ""
     names = one["first"], one["second"]
     leader, other = names if (one["value"] > 0) == (better == "higher") else names[::-1]
     low, high = sorted(abs(end) for end in (one["low"], one["high"]))
-    ends = f"{_number(low, unit)} to {_number(high, unit)}"
-    return f"{leader} is better than {other} by {_number(abs(one['value']), unit)} ({ends})", "sure"
+    ends = f"{_gap(low, unit)} to {_gap(high, unit)}"
+    return f"{leader} is better than {other} by {_gap(one['value'], unit)} ({ends})", "sure"
 
 
 def _category(name: str, by_model: Mapping[str, Any], names: Sequence[str]) -> Figure:

@@ -124,8 +124,8 @@ class Comparison:
             return {}
         for aspect in ASPECTS:
             self.average(
-                aspect, f"  {aspect} right", f"{look}.{aspect}", places, f"of prompts that ask for a {aspect}",
-                unit="share", judge=judge,
+                aspect, f"  {aspect.capitalize()} right", f"{look}.{aspect}", places,
+                f"of prompts that ask for a {aspect}", unit="share", judge=judge,
             )  # fmt: skip
         prompts = [self.drawings[place].prompt for place in places]
         several = len({prompt.suite for prompt in prompts}) > 1
@@ -257,7 +257,7 @@ def verdict(found: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, Any
             tied.append(other)
         else:
             ends = sorted((way * gap["low"], way * gap["high"]))
-            many = f"{_number(abs(ends[0]), ruling['unit'])} to {_number(abs(ends[1]), ruling['unit'])}"
+            many = f"{_gap(ends[0], ruling['unit'])} to {_gap(ends[1], ruling['unit'])}"
             said.append(f"It is ahead of {other} by {many} on the same prompts and seeds (95 % sure).")
     if tied:
         said.append(
@@ -288,6 +288,10 @@ def verdict(found: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, Any
 def _shown(one: Mapping[str, Any], unit: str) -> str:
     middle = _number(one["value"], unit)
     return middle if one["low"] is None else f"{middle} ({_number(one['low'], unit)} to {_number(one['high'], unit)})"
+
+
+def _gap(value: float, unit: str) -> str:
+    return f"{100 * abs(value):.1f} points" if unit == "share" else f"{abs(value):.4g}"
 
 
 def _number(value: float, unit: str) -> str:

@@ -83,7 +83,7 @@ def test_the_page_says_what_the_result_says(evaluation: Path) -> None:
     assert "Take teacher." in text
     assert "70.0 % (60.0 % to 80.0 %)" in text
     assert "teacher is better than &lt;img" in text
-    assert "by 20.0 % (5.0 % to 35.0 %)" in text
+    assert "by 20.0 points (5.0 points to 35.0 points)" in text
     assert "by 0.2 (0.1 to 0.3)" in text  # lower is better: the one below leads
     assert "cannot be told apart (at most 0.1 between them)" in text
     assert "Not independent of" in text
