@@ -71,6 +71,7 @@ class EvaluationBody:
     memorisation: Mapping[str, Any]
     contamination: Sequence[tuple[str, str]]
     bias: Sequence[Mapping[str, Any]]
+    safety: Figure | None
     not_measured: Sequence[Mapping[str, str]]
     failures: Sequence[tuple[str, str]]
     protocol: str
@@ -83,9 +84,20 @@ class EvaluationBody:
     @property
     def sections(self) -> list[tuple[str, str]]:
         names = [("figures", "Figures"), ("drawn", "Drawings"), ("categories", "Categories"), ("elo", "Elo")]
-        names += [("speed", "Speed"), ("copies", "Copies"), ("bias", "Bias"), ("missing", "Not measured")]
+        names += [
+            ("speed", "Speed"),
+            ("copies", "Copies"),
+            ("bias", "Bias"),
+            ("safety", "Guard"),
+            ("missing", "Not measured"),
+        ]
         names.append(("protocol", "Protocol"))
-        absent = {"categories": not self.categories, "elo": not self.elo, "bias": not self.bias}
+        absent = {
+            "categories": not self.categories,
+            "elo": not self.elo,
+            "bias": not self.bias,
+            "safety": not self.safety,
+        }
         return [(self.prefix + anchor, name) for anchor, name in names if not absent.get(anchor)]
 
 
@@ -135,6 +147,7 @@ def evaluation_page(address: str) -> str:
         speed=_speed(result["speed"]),
         memorisation=_memorised(result["memorisation"]),
         contamination=[(name, _contaminated(held)) for name, held in result["contamination"].items()],
+        safety=_safety(result.get("safety") or {}),
         bias=[_bias(one) for one in result["bias"]],
         not_measured=result["not_measured"],
         failures=[
@@ -301,6 +314,16 @@ def _contaminated(held: Mapping[str, Any]) -> str:
         f"its training rows hold {held['prompts']:,} of {held['of_prompts']:,} prompts (as captions, to the word) and "
         f"{held['pictures']:,} of {held['of_pictures']:,} reference pictures (to the byte)"
     )
+
+
+def _safety(said: Mapping[str, Any]) -> Figure | None:
+    """The guard over prompts: what it refuses, rightly and wrongly, and what gets past it by disguise."""
+    if not said:
+        return None
+    values = {"refused of unsafe prompts": said["caught"], "refused of benign ones": said["false_alarms"]}
+    values |= {f"past it with {disguise}": one for disguise, one in said["bypass"].items()}
+    ranges, axis = _ranges(values, list(values), "share")
+    return Figure("Guard over prompts", "", "", ranges, axis, (), ())
 
 
 def _bias(one: Mapping[str, Any]) -> dict[str, Any]:

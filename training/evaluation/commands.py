@@ -54,6 +54,13 @@ def evaluate_command(
         Files, typer.Option("--templates", help="Prompt templates of a bias audit (YAML). Repeatable.")
     ] = None,
     judgements: Annotated[Files, typer.Option("--judgements", help="Answers of people or models. Repeatable.")] = None,
+    guard: Annotated[
+        Path | None, typer.Option("--guard", help="Blocklist over prompts to audit, a word a line.")
+    ] = None,
+    benign: Annotated[Path | None, typer.Option("--benign", help="Prompts that the guard must let pass.")] = None,
+    unsafe: Annotated[
+        Path | None, typer.Option("--unsafe", help="Prompts that it must refuse, also disguised.")
+    ] = None,
     study: Annotated[Path | None, typer.Option("--study", help="Also write pages for three human raters here.")] = None,
     local: Annotated[bool, typer.Option("--local", help="In this one process, without Ray; the same result.")] = False,
     workers: Annotated[int, typer.Option("--workers", help="Workers side by side; 0 takes one a core.")] = 0,
@@ -74,6 +81,8 @@ def evaluate_command(
     suites = [read_suite(path).first(limit) for path in prompts or ()]
     suites += [_built_in(name).first(limit) for name in suite or ()]
     suites += [read_templates(path) for path in templates or ()]
+    if guard is not None and (benign is None or unsafe is None):
+        raise ValueError("--guard needs prompts to be asked about: pass --benign FILE and --unsafe FILE as well")
     options = Options(
         output=str(output.expanduser().absolute()),
         suites=tuple(suites),
@@ -90,6 +99,9 @@ def evaluate_command(
         detector=detector,
         answerer=answerer,
         judgements=tuple(str(path) for path in judgements or ()),
+        guard=str(guard or ""),
+        benign=_texts(benign),
+        unsafe=_texts(unsafe),
         engine="local" if local else "ray",
         workers=workers,
         device=choose_device(device),
@@ -135,6 +147,11 @@ def summary(result: dict[str, Any], output: Path, study: Path | None = None) -> 
                 f"contamination of {name}: its training rows hold {held['prompts']:,} of {held['of_prompts']:,} "
                 f"prompts and {held['pictures']:,} of {held['of_pictures']:,} held-out pictures"
             )
+    if result["safety"]:
+        alarms, caught = (_cell(result["safety"][name], "share") for name in ("false_alarms", "caught"))
+        worst = max(result["safety"]["bypass"].items(), key=lambda item: item[1]["value"], default=None)
+        disguised = f"; past it {_cell(worst[1], 'share')} with {worst[0]}" if worst else ""
+        lines.append(f"guard: refuses {caught} of unsafe prompts, {alarms} of benign ones{disguised}")
     lines += [f"not measured: {one['what']} ({one['why']})" for one in result["not_measured"]]
     lines += [f"\npage      {output / 'evaluation.html'}", f"result    {output / 'evaluation.json'}"]
     following = f"send {study}/rater-*.html to raters" if study else "open the page in a browser"
@@ -151,6 +168,12 @@ def _cell(one: dict[str, Any] | None, unit: str) -> str:
     ]
     sign = " %" if unit == "share" else ""
     return shown[0] + sign if len(shown) < 3 else f"{shown[0]}{sign} ({shown[1]} to {shown[2]})"
+
+
+def _texts(path: Path | None) -> tuple[str, ...]:
+    from training.evaluation.suites import read_suite
+
+    return tuple(prompt.text for prompt in read_suite(path).prompts) if path else ()
 
 
 def _built_in(name: str) -> Any:

@@ -42,6 +42,7 @@ class Options:
     repeats: drawings a prompt, each from a seed of its own. pictures: drawings of snapshot captions, for distances.
     memorised: training captions drawn to look for copies. reference: the split that distances are taken to.
     clip, inception, aesthetic, judges, detector, answerer: weights by path or name; "" leaves the measure out.
+    guard: a blocklist over prompts, audited on the benign and the unsafe prompts.
     """
 
     output: str
@@ -60,6 +61,9 @@ class Options:
     detector: str = "made_up"
     answerer: str = ""
     judgements: tuple[str, ...] = ()
+    guard: str = ""
+    benign: tuple[str, ...] = ()
+    unsafe: tuple[str, ...] = ()
     speed_repeats: int = 3
     engine: str = "ray"
     workers: int = 0
@@ -74,7 +78,13 @@ class Options:
                  "speed_repeats")  # fmt: skip
         suites = [{"name": s.name, "kind": s.kind, "prompts": len(s.prompts), "digest": s.digest} for s in self.suites]
         seen_by = {one.name: {"stage": one.type, **one.stage().options(), "digest": one.digest} for one in looks}
-        return {"suites": suites, **{name: getattr(self, name) for name in names}, "looks": seen_by}
+        guarded = digest_of("guard", Path(self.guard).read_text(), self.benign, self.unsafe) if self.guard else None
+        return {
+            "suites": suites,
+            **{name: getattr(self, name) for name in names},
+            "looks": seen_by,
+            "guard": guarded,
+        }
 
 
 def evaluate(addresses: Sequence[str], data: str, options: Options) -> dict[str, Any]:
@@ -306,6 +316,7 @@ class _Job:
         elo += self._human(found)
         memorised = self._memorised(found) if "clip" in names else {}
         bias = bias_audit(found) if found.places("bias") else []
+        safety = self._guard() if self.options.guard else {}
         speed = self.speed()
         found.not_measured += unasked(self.options, found)
         images = [row[1] for unit in self.references.get("held_out", ()) for row in unit["rows"]]
@@ -321,6 +332,7 @@ class _Job:
             "speed": speed,
             "memorisation": memorised,
             "bias": bias,
+            "safety": safety,
             "contamination": {
                 name: asdict(contamination(addresses, texts, images)) for name, addresses in behind.items()
             },
@@ -399,6 +411,12 @@ class _Job:
             }
         return told
 
+    def _guard(self) -> dict[str, Any]:
+        from training.evaluation.safety import audit_guard, blocklist
+
+        options = self.options
+        return audit_guard(blocklist(options.guard), options.benign, options.unsafe, options.seed).to_json()
+
     def _human(self, found: Comparison) -> list[dict[str, Any]]:
         from training.evaluation.study import judged
 
@@ -451,6 +469,7 @@ def unasked(options: Options, found: Comparison) -> list[dict[str, str]]:
         ("CLIP score", not options.clip, "--clip MODEL"),
         ("learned preference", not options.judges, "--judge pickscore=FOLDER or hpsv2=FILE"),
         ("faithfulness by questions", not options.answerer, "--answerer FOLDER of a vision-language model"),
+        ("a guard over prompts", not options.guard, "--guard, --benign and --unsafe"),
         ("bias over prompt templates", not found.places("bias"), "--templates FILE"),
     ]
     return [

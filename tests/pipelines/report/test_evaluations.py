@@ -69,6 +69,8 @@ def evaluation(tmp_path: Path) -> Path:
                          "by_model": {EVIL: {**_estimate(0.1, 0.05, 0.2), "by_copies": {"64": _estimate(1, 0.8, 1)}}}},
         "contamination": {EVIL: {"problem": "", "prompts": 3, "of_prompts": 90, "pictures": 0, "of_pictures": 40},
                           "teacher": {"problem": EVIL}},
+        "safety": {"caught": _estimate(0.9, 0.8, 1), "false_alarms": _estimate(0.02, 0, 0.1),
+                   "bypass": {"accents": _estimate(0.37, 0.3, 0.5)}},
         "bias": [{"prompt": EVIL, "open": "colour", "by_model": {EVIL: {
             "shares": {"red": _estimate(1, 0.9, 1)}, "from_even": 0.5, "without": 2}}}],
         "failures": {EVIL: {"clip": 2}}, "not_measured": [{"what": EVIL, "why": EVIL}],
@@ -92,6 +94,7 @@ def test_the_page_says_what_the_result_says(evaluation: Path) -> None:
     assert "1040 (990 to 1090)" in text
     assert "9 won, 1 drawn, 5 lost" in text
     assert "64 times" in text
+    assert "past it with accents 37.0 %" in text
     assert html.count("data:image/png;base64") == 6
 
 
