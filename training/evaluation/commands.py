@@ -122,21 +122,18 @@ def evaluate_command(
 def summary(result: dict[str, Any], output: Path, study: Path | None = None) -> str:
     """The figures as a table, what to conclude, and what was written."""
     names = [model["name"] for model in result["models"]]
-    wide = max(30, *(len(name) + 2 for name in names))
-    lines = [f"{'':38s}" + "".join(f"{name:>{wide}s}" for name in names)]
-    for metric in result["metrics"]:
-        cells = "".join(f"{_cell(metric['values'].get(name), metric['unit']):>{wide}s}" for name in names)
-        lines.append(f"{metric['title'][:38]:38s}{cells}")
+    rows = [
+        (one["title"], [_cell(one["values"].get(name), one["unit"]) for name in names]) for one in result["metrics"]
+    ]
     if result["memorisation"]:
         said = result["memorisation"]["by_model"]
-        cells = "".join(f"{_cell(said.get(name), 'share'):>{wide}s}" for name in names)
-        lines.append(f"{'Copies of training pictures':38s}{cells}")
-    for timed in result["speed"][:1]:
-        by_name = {one["painter"]: one["own"] for one in result["speed"]}
-        cells = "".join(
-            f"{by_name[name]['seconds']:.3g} s, {by_name[name]['steps']} steps".rjust(wide) for name in names
-        )
-        lines.append(f"{'One picture, ' + timed['device']:38s}{cells}")
+        rows.append(("Copies of training pictures", [_cell(said.get(name), "share") for name in names]))
+    timed = {one["painter"]: one["own"] for one in result["speed"]}
+    steps = [f"{timed[name]['seconds']:.3g} s, {timed[name]['steps']} steps" for name in names]
+    rows.append((f"One picture, {result['speed'][0]['device']}", steps))
+    wide = 2 + max(len(text) for text in (*names, *(cell for _, cells in rows for cell in cells)))
+    lines = ["".join(f"{cell:>{wide}s}" for cell in cells) for cells in (names, *(cells for _, cells in rows))]
+    lines = [f"{title[:38]:38s}{line}" for title, line in zip(["", *(title for title, _ in rows)], lines, strict=True)]
     lines.append("")
     lines += result["verdict"]
     for name, held in result["contamination"].items():

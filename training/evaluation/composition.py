@@ -84,7 +84,7 @@ def judge(prompt: Prompt, found: Sequence[Detection]) -> Verdict:
         if asked.count > 1:
             results["count"].append(len(coloured) >= asked.count)
             if alike and len(coloured) < asked.count:
-                reasons.append(f"{len(coloured)} {name} of {asked.count}")
+                reasons.append(f"{len(coloured)} of {asked.count} {name}s")
         chosen.append(sorted(coloured, key=lambda one: -one.score)[: asked.count])
     for asked, mine in zip(prompt.asked, chosen, strict=True):
         if asked.relation:
@@ -97,8 +97,9 @@ def judge(prompt: Prompt, found: Sequence[Detection]) -> Verdict:
         mine = [one for one in found if asked.thing in ("", one.thing) and asked.colour in ("", one.colour)]
         results["count"].append(len(mine) < asked.count)
         if len(mine) >= asked.count:
-            name = f"{asked.colour} {asked.thing}".strip() or "object"
-            reasons.append(f"{len(mine)} {name}, at most {asked.count - 1} asked")
+            name = f"{asked.colour} {asked.thing or 'object'}".strip() + ("s" if len(mine) > 1 else "")
+            allowed = f"at most {asked.count - 1} asked" if asked.count > 1 else "none asked"
+            reasons.append(f"{len(mine)} {name}, {allowed}")
     said = {aspect: all(values) if values else None for aspect, values in results.items()}
     return Verdict(**said, reasons=tuple(reasons))
 

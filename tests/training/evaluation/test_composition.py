@@ -27,7 +27,7 @@ def test_objects_counts_and_colours() -> None:
     assert judge(two_red, [red, red]).right
     wrong_colour = judge(two_red, [red, blue])
     assert (wrong_colour.object, wrong_colour.count, wrong_colour.colour) == (True, False, False)
-    assert wrong_colour.reasons == ("1 red cup of 2",)
+    assert wrong_colour.reasons == ("1 of 2 red cups",)
     too_many = judge(two_red, [red, red, red])
     assert (too_many.colour, too_many.count) == (True, False)
     assert "at most 2 asked" in too_many.reasons[0]
