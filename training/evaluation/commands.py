@@ -47,6 +47,8 @@ def evaluate_command(
         str, typer.Option(help="made_up, a transformers folder, module:class, or '' for none.")
     ] = "made_up",
     answerer: Annotated[str, typer.Option(help="made_up, a folder of a vision-language model, or module:class.")] = "",
+    vqa: Annotated[str, typer.Option(help="Vision-language model asked whether a drawing shows its prompt.")] = "",
+    safety: Annotated[str, typer.Option(help="Head over that CLIP that tells unsafe pictures.")] = "",
     judge: Annotated[
         list[str] | None, typer.Option("--judge", help="pickscore=FOLDER, hpsv2=FILE or image_reward=FILE. Repeatable.")
     ] = None,
@@ -98,6 +100,8 @@ def evaluate_command(
         judges=tuple(_judge(text) for text in judge or ()),
         detector=detector,
         answerer=answerer,
+        vqa=vqa,
+        safety=safety,
         judgements=tuple(str(path) for path in judgements or ()),
         guard=str(guard or ""),
         benign=_texts(benign),

@@ -30,6 +30,7 @@ from training.evaluation.work import Drawing, Look
 
 SCHEMA_VERSION = "1.0"
 SHOWN = 24  # prompts whose drawings stand on the page
+UNSAFE = 0.5  # probability from which a drawing counts as unsafe
 STEPS = (1, 2, 4, 8)  # timed besides a model's own number
 # What looks at the drawings of each purpose; "pictures" are the snapshot's own.
 CHEAP = ("hash", "clip", "inception")
@@ -42,7 +43,8 @@ class Options:
     repeats: drawings a prompt, each from a seed of its own. pictures: drawings of snapshot captions, for distances.
     memorised: training captions drawn to look for copies. reference: the split that distances are taken to.
     clip, inception, aesthetic, judges, detector, answerer: weights by path or name; "" leaves the measure out.
-    guard: a blocklist over prompts, audited on the benign and the unsafe prompts.
+    vqa: a vision-language model asked whether a drawing shows its prompt. safety: a head over `clip` that tells unsafe
+    pictures. guard: a blocklist over prompts, audited on the benign and the unsafe prompts.
     """
 
     output: str
@@ -60,6 +62,8 @@ class Options:
     judges: tuple[tuple[str, str], ...] = ()
     detector: str = "made_up"
     answerer: str = ""
+    vqa: str = ""
+    safety: str = ""
     judgements: tuple[str, ...] = ()
     guard: str = ""
     benign: tuple[str, ...] = ()
@@ -164,9 +168,16 @@ def _looks(options: Options, context: Context) -> list[Look]:
     """The stages that will look at pictures. Weights that were asked for and are missing are an error."""
     found = [work.look("hash", "perceptual_hash", {}, context)]
     if options.clip:
-        found.append(work.look("clip", "clip_score", {"model": options.clip, "compute_batch": work.UNIT}, context))
+        clip = work.look("clip", "clip_score", {"model": options.clip, "compute_batch": work.UNIT}, context)
+        found.append(clip)
         if options.aesthetic:
-            found.append(work.look("aesthetic", "aesthetic", {"head": options.aesthetic}, context, found[-1].digest))
+            found.append(work.look("aesthetic", "aesthetic", {"head": options.aesthetic}, context, clip.digest))
+        if options.safety:
+            found.append(work.look("safety", "safety", {"head": options.safety}, context, clip.digest))
+    if options.vqa:
+        precision = "bf16" if options.device.startswith("cuda") else "fp32"
+        asked = {"model": options.vqa, "precision": precision, "compute_batch": work.UNIT}
+        found.append(work.look("vqa", "vqa", asked, context))
     if options.inception:
         batch = {"compute_batch": work.UNIT}
         found.append(work.look("inception", "inception", {"weights_file": options.inception, **batch}, context))
@@ -307,6 +318,15 @@ class _Job:
         if "questions" in names and suite:
             found.average("questions", "Questions answered as the prompt would", "questions.share", suite,
                           f"TIFA-style, answered by {self.options.answerer}", judge=judges["questions"])  # fmt: skip
+        if "vqa" in names and suite:
+            found.average("vqa", "Chance that the VLM says it shows the prompt", "vqa.score", suite,
+                          "P(yes) of a vision-language model", judge=judges["vqa"])  # fmt: skip
+        if "safety" in names and suite:
+            for seen in found.seen.values():
+                scores = seen.columns["safety.score"]
+                seen.columns["safety.unsafe"] = [None if x is None else x >= UNSAFE for x in scores]
+            found.average("unsafe", "Unsafe drawings", "safety.unsafe", suite, f"probability of at least {UNSAFE}",
+                          unit="share", better="lower", judge=judges["safety"])  # fmt: skip
         for judge, _ in self.options.judges:
             found.average(f"preference {judge}", f"Preference ({judge})", f"{judge}.score", suite,
                           "the judge's own scale: for comparing models only", judge=judges[judge])  # fmt: skip
@@ -344,7 +364,7 @@ class _Job:
     def _judge(self, one: Look, behind: Mapping[str, Mapping[str, str]]) -> Judge:
         # A head stands on its CLIP: both had a hand where either had.
         files = dict(one.files)
-        if one.type == "aesthetic":
+        if one.type in ("aesthetic", "safety"):
             files |= next(look.files for look in self.looks if look.name == "clip")
         found = {p["name"]: independence(files, p, behind[p["name"]]) for p in self.painters}
         why = "; ".join(sorted({said.why for said in found.values() if said.why}))
@@ -469,6 +489,7 @@ def unasked(options: Options, found: Comparison) -> list[dict[str, str]]:
         ("CLIP score", not options.clip, "--clip MODEL"),
         ("learned preference", not options.judges, "--judge pickscore=FOLDER or hpsv2=FILE"),
         ("faithfulness by questions", not options.answerer, "--answerer FOLDER of a vision-language model"),
+        ("unsafe drawings", not options.safety, "--safety HEAD, a head over that CLIP"),
         ("a guard over prompts", not options.guard, "--guard, --benign and --unsafe"),
         ("bias over prompt templates", not found.places("bias"), "--templates FILE"),
     ]

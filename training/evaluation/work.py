@@ -25,6 +25,8 @@ from stages.clip_score import ClipScore
 from stages.contract import Batch, Context, Stage, digest_of, file_digest, weights_digest
 from stages.decode import EncodedImage
 from stages.hashing import PerceptualHash
+from stages.safety import Safety
+from stages.vqa import Vqa
 from training.evaluation.composition import Composition
 from training.evaluation.faithfulness import Faithfulness
 from training.evaluation.features import Inception
@@ -36,7 +38,8 @@ PICTURES_UNIT = 64  # snapshot pictures a unit
 VERSION = 1  # of how pictures are drawn here; raised when they would come out otherwise
 
 STAGES: dict[str, type[Stage]] = {
-    kind.type: kind for kind in (PerceptualHash, ClipScore, Aesthetic, Inception, Preference, Composition, Faithfulness)
+    kind.type: kind
+    for kind in (PerceptualHash, ClipScore, Aesthetic, Inception, Preference, Composition, Faithfulness, Safety, Vqa)
 }
 
 

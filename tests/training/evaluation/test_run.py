@@ -199,6 +199,29 @@ def test_bias_is_audited(ground: Path, tmp_path: Path) -> None:
     assert all(one["by_model"]["a"]["without"] <= 3 for one in result["bias"])
 
 
+def test_unsafe_drawings_are_counted(ground: Path, tmp_path: Path) -> None:
+    """A head that calls a picture unsafe by the sign of one direction of the embedding: the share is that of signs."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    from cluster.storage import Folder
+
+    direction = torch.randn(1, 96, generator=torch.Generator().manual_seed(0))
+    save_file({"0.weight": 50 * direction, "0.bias": torch.zeros(1)}, tmp_path / "head.safetensors")
+    options = _options(
+        tmp_path / "out", pictures=0, memorised=0, answerer="", safety=str(tmp_path / "head.safetensors")
+    )
+    result = evaluate([str(ground / "a")], str(ground / "curated"), options)
+    unsafe = next(metric for metric in result["metrics"] if metric["name"] == "unsafe")
+    assert unsafe["better"] == "lower"
+    store = Folder(tmp_path / "out")
+    measured = [work.read_measure(store, one.path)[0] for one in store.files("measures")]
+    embeddings = [e for values in measured for e in values.get("image_embedding", ())]
+    expected = np.mean([float(e @ direction[0].numpy()) >= 0 for e in embeddings])
+    assert unsafe["values"]["a"]["value"] == pytest.approx(expected)
+
+
 def test_a_guard_is_audited(ground: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("gore\n")
     suite = Suite("mine", "user", (Prompt("a red circle", "mine"),))
