@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.demo.world import make_world
@@ -246,27 +247,31 @@ def test_real_prompt_files_run_end_to_end(ground: Path, shared_data: Path, tmp_p
 
 @pytest.mark.full
 @pytest.mark.timeout(500)
-def test_killed_on_ray_and_started_again_it_ends_as_in_one_process(
-    ground: Path, whole: tuple[Path, dict[str, Any]], ray_temp: Path
+def test_two_thousand_drawings_killed_on_ray_and_started_again_end_as_in_one_process(
+    ground: Path, ray_temp: Path
 ) -> None:
     output = ground / "killed"
     command = [
         str(Path(sys.executable).parent / "sluice"), "evaluate", str(ground / "a"), str(ground / "b"), "--data",
-        str(ground / "curated"), "--output", str(output), "--suite", "made_up", "--limit", "64", "--pictures", "96",
+        str(ground / "curated"), "--output", str(output), "--suite", "made_up", "--limit", "64", "--pictures", "936",
         "--memorised", "0", "--workers", "2", "--device", "cpu",
     ]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 240
-    while len(list((output / "drawings").glob("*.parquet"))) < 3 and time.monotonic() < end:
+    while len(list((output / "drawings").glob("*.parquet"))) < 30 and time.monotonic() < end:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in (output / "drawings").glob("*.parquet")}
-    assert 3 <= len(kept) < 20
+    assert 30 <= len(kept) < 100  # of 126 units, 63 a model
     subprocess.run(command, check=True, capture_output=True, timeout=400)
     after = {path.name: path.stat().st_mtime_ns for path in (output / "drawings").glob("*.parquet")}
     assert kept.items() <= after.items()  # what was drawn was not drawn again
+    rows = {name: pq.read_metadata(output / "drawings" / name).num_rows for name in after}
+    assert sum(rows.values()) == 2000
+    drawn = json.loads((output / "provenance.json").read_text())["drawn"]
+    assert drawn == sum(count for name, count in rows.items() if name not in kept)
     once = [*command, "--local"]
     once[once.index(str(output))] = str(ground / "once")
     subprocess.run(once, check=True, capture_output=True, timeout=400)
