@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Folder
@@ -79,7 +79,6 @@ class EvaluationBody:
     prefix: str = ""
     part: bool = False
     template: str = "evaluation.html.j2"
-    parts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sections(self) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,3 @@ def _filtered_by(address: str, weights: set[str]) -> list[str]:
     }
     used = judged | {behind[name] for name in judged if behind.get(name)}
     return [name for name in own if name in used]
-
-
-def differ_in_independence(found: Sequence[Independence]) -> bool:
-    """Whether a judge stands nearer to some of the models than to others: the comparison itself then leans."""
-    return len({one.independent for one in found}) > 1
