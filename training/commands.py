@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "sample", epilog='Example: `sluice sample runs/tiny --prompt "a large red circle above a small blue square"`'
     )(sample_command)
+    import_module("training.evaluation.commands").register(app)
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -651,58 +653,30 @@ def draw(
 ) -> dict[str, Any]:
     """Draw `prompts` into `output` (NNN.png, grid.png, samples.json) and return what samples.json holds.
 
-    Picture i comes from seed + i, whatever is drawn beside it. The seconds are those of sampling and decoding;
-    loading the model and encoding the prompts are timed apart.
+    Picture i comes from seed + i, whatever is drawn beside it. The seconds are those of encoding prompts, sampling and
+    decoding; loading the model is timed apart.
     """
-    import torch
-
-    from stages.autoencoders import open_autoencoder
-    from stages.text_encoders import open_text_encoder
     from training.checkpoint import find_model, read_model, write_json
-    from training.linear_dit import load_diffusers_folder
-    from training.samplers import sample
+    from training.painters import SluicePainter
 
     folder = find_model(ckpt)
     model = read_model(folder)
     device = choose_device(device)
-    started = time.perf_counter()
-    places = (str(folder), *models)
-    autoencoder = open_autoencoder(model["autoencoder"], models=places, device=device)
-    text_encoder = open_text_encoder(model["text_encoder"], models=places, device=device)
-    network = load_diffusers_folder(folder / "transformer").to(device).eval()
-    text, mask = text_encoder.encode(list(prompts))
-    null_text, null_mask = text_encoder.null()
-    # Columns beyond the longest prompt are padding: the network gives them weight 0 exactly, so they need not be run.
-    length = max(int(mask.sum(-1).max()), int(null_mask.sum()), 1)
-    text, mask, null_text, null_mask = text[:, :length], mask[:, :length], null_text[:length], null_mask[:length]
-    _, height, width = autoencoder.latent_shape(model["resolution"], model["resolution"])
     sampling = dict(model["sampling"])
     sampling |= {"steps": steps} if steps is not None else {}
     sampling |= {"guidance_scale": guidance} if guidance is not None else {}
+    started = time.perf_counter()
+    painter = SluicePainter(folder, sampling, device, models)
+    painter.draw(prompts[:1], [seed], steps=1)  # the first pass of a process allocates: not what a picture costs
     loaded = time.perf_counter() - started
-
-    def run(first: int, last: int, **changes: Any) -> Any:
-        latents = sample(
-            network,
-            text[first:last],
-            mask[first:last],
-            null_text,
-            null_mask,
-            seeds=range(seed + first, seed + last),
-            height=height,
-            width=width,
-            **{**sampling, **changes},
-        )
-        return autoencoder.decode(latents).cpu()
-
-    with torch.inference_mode():
-        run(0, 1, steps=1)  # the first pass of a process allocates and compiles: not what a picture costs
-        started = time.perf_counter()
-        pictures = torch.cat([run(first, min(first + batch, len(prompts))) for first in range(0, len(prompts), batch)])
-        seconds = time.perf_counter() - started
+    images: list[Any] = []
+    started = time.perf_counter()
+    for first in range(0, len(prompts), batch):
+        part = prompts[first : first + batch]
+        images += painter.draw(part, range(seed + first, seed + first + len(part)))
+    seconds = time.perf_counter() - started
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    images = [_picture(one) for one in pictures]
     names = [f"{place:03d}.png" for place in range(len(images))]
     for image, name in zip(images, names, strict=True):
         image.save(target / name)
@@ -723,15 +697,6 @@ def draw(
     }
     write_json(target / "samples.json", described)
     return described
-
-
-def _picture(pixels: Any) -> Any:
-    """(3, H, W) in [-1, 1] as a PIL image."""
-    import torch
-    from PIL import Image
-
-    whole = (pixels.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    return Image.fromarray(whole.permute(1, 2, 0).contiguous().numpy())
 
 
 def grid(images: Sequence[Any], across: int | None = None) -> Any:

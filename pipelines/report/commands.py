@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def report_command(
     subject: Annotated[
-        str, typer.Argument(metavar="SNAPSHOT|RUN", help="A store, a snapshot's folder, or a run's folder.")
+        str, typer.Argument(metavar="SNAPSHOT|RUN", help="A store, or the folder of a snapshot, run or evaluation.")
     ],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where to write the page [default: report.html inside it].")
@@ -40,11 +40,17 @@ def report_command(
     from pipelines.lineage.catalog import open_catalog
     from pipelines.lineage.ledger import open_ledger
     from pipelines.lineage.record import Artifact, record_run
+    from pipelines.report.evaluations import evaluation_page, is_evaluation, read_evaluation
     from pipelines.report.pages import run_page, snapshot_page
+    from stages.contract import digest_of
 
     books = open_catalog(catalog)
     folder = Folder(subject)
-    if folder.is_file("run.json") and not folder.is_file("manifest.json"):
+    about: Artifact | None
+    if is_evaluation(folder):
+        _, result = read_evaluation(subject)
+        html, about = evaluation_page(subject), Artifact("evaluation", digest_of(result), folder.url)
+    elif folder.is_file("run.json") and not folder.is_file("manifest.json"):
         html, about = run_page(subject, lineage=lineage_of(books, subject)), _model_of(folder)
     else:
         with open_ledger(subject) as ledger:

@@ -244,12 +244,16 @@ def _audit(
 
 
 def _no_better_than_chance(own: Sequence[Any], others: Sequence[Any], suspect: float) -> bool:
-    """Whether so little agreement would surprise in someone who agrees in 3 of 4 of what chance leaves open."""
-    one, other = Counter(own), Counter(others)
-    chance = sum(one[value] * other[value] for value in one) / len(own) ** 2
-    agreed = sum(a == b for a, b in zip(own, others, strict=True))
-    low, high = wilson(agreed / len(own), len(own), 1 - 2 * suspect)
-    return low <= chance and high < chance + 0.75 * (1 - chance)
+    """Whether agreement looks like that of someone who does not look, and would surprise in someone who does.
+
+    Sides are random, so who does not look agrees on half of the decided pairs, whichever model is better. (Kappa's
+    chance is another one: where all find one model better nearly always, kappa is near 0 for honest judges too.)
+    """
+    decided = [(a, b) for a, b in zip(own, others, strict=True) if a is not None and b is not None]
+    if not decided:
+        return False
+    low, high = wilson(sum(a == b for a, b in decided) / len(decided), len(decided), 1 - 2 * suspect)
+    return low <= 0.5 and high < 0.85
 
 
 def without_faulty(pairs: Sequence[Pair], audits: Sequence[JudgeAudit]) -> list[Pair]:

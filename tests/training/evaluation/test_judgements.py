@@ -168,6 +168,19 @@ def test_a_random_judge_is_found_without_planted_answers_too() -> None:
     assert set(faults.values()) == {()}
 
 
+def test_honest_judges_are_kept_where_one_model_nearly_always_wins() -> None:
+    """Kappa is near 0 there for everyone; who looks still agrees far more often than a coin does."""
+    rng = np.random.default_rng(4)
+    pairs = []
+    for judge in ("ann", "bob", "cid"):
+        for prompt in range(60):
+            left, right = ("a", "b") if rng.random() < 0.5 else ("b", "a")
+            pairs.append(Pair(left, right, prompt, "a" if rng.random() < 0.85 else "b", judge))
+    audits = audit_judges(pairs)
+    assert [audit.faults for audit in audits] == [(), (), ()]
+    assert all(abs(audit.agreement) < 0.4 for audit in audits)
+
+
 def test_scores_make_pairs_of_the_same_drawings() -> None:
     scores = {"a": {("p", 0): 0.3, ("q", 1): 0.5, ("r", 2): 0.1}, "b": {("p", 0): 0.2, ("q", 1): 0.5}}
     pairs = pairs_by_score(scores, "clip", groups=lambda key: key[0])
