@@ -124,7 +124,7 @@ class EngineOptions:
     """How a run is carried out; never part of what comes out. workers 0: one for each core."""
 
     workers: int = 0
-    transport_batch: int = 16
+    transport_batch: int = 8
 
 
 @dataclass(frozen=True)

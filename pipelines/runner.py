@@ -489,7 +489,7 @@ def _pack(
     by_group = {task["group"]: record for task, record in todo}
     if todo:
         with Progress("pack", len(todo), quiet=options.quiet) as progress:
-            for result in engine.map(PackWorker, config, [task for task, _ in todo]):
+            for result in _near(engine, plan.shards).map(PackWorker, config, [task for task, _ in todo]):
                 store.write_json(by_group[result["group"]], result)
                 rows = sum(file["rows"] for path, file in result["files"].items() if path.startswith("ledger/"))
                 progress.advance(rows=rows)
