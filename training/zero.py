@@ -152,11 +152,14 @@ def open_optimizer(model: torch.nn.Module, options: OptimizerOptions) -> torch.o
 
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+    # Matrices of the blocks; convolutions, tables, embedders and the output layer stay with Adam.
+    turned = {
+        name for name, p in trained.items() if p.ndim == 2 and "transformer_blocks." in name and not name.endswith("_table")
+    }
     for name, parameter in trained.items():
-        # Matrices of the blocks; convolutions, tables, embedders and the output layer stay with Adam.
-        parameter.use_muon = parameter.ndim == 2 and "transformer_blocks." in name and not name.endswith("_table")
-    matrices = [parameter for parameter in trained.values() if parameter.use_muon]
-    others = [parameter for parameter in trained.values() if not parameter.use_muon]
+        parameter.use_muon = name in turned  # type: ignore[attr-defined]  # ZeRO's partitions look for this mark
+    matrices = [parameter for name, parameter in trained.items() if name in turned]
+    others = [parameter for name, parameter in trained.items() if name not in turned]
     return MuonWithAuxAdam(
         [
             {
