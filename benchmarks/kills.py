@@ -70,9 +70,11 @@ def ended_well(process: subprocess.Popen[bytes], folder: Path, output: str) -> s
 
 
 def finished_units(output: Path) -> dict[str, int]:
-    """Every finished unit of measuring or judging and its time of change; hidden files are not finished."""
+    """Every finished unit and its time of change. Judging's files are finished once their task's record is there."""
     units = (path for path in output.glob("units/**/*") if path.is_file() and not path.name.startswith("."))
-    return {str(path): path.stat().st_mtime_ns for path in units if path.name != "fingerprints.json"}
+    judging = output / "units" / "judge"
+    done = (path for path in units if path.suffix == ".json" or judging not in path.parents)
+    return {str(path): path.stat().st_mtime_ns for path in done if path.name != "fingerprints.json"}
 
 
 def kill_workers(folder: Path, rng: random.Random) -> tuple[str, int]:

@@ -17,8 +17,8 @@ For near-duplicates the guide is which rows are linked, found by a join over col
 For semantic duplicates it is the centroids, fitted to a sample that depends on the rows alone (sample, fit).
 
 Every task reads files and writes files, named by what went into them, whole or not at all; it may run twice or die and
-run again. One task holds a part (PART_ROWS rows), or two 8-byte columns of PIECE hashes a block table, or, for
-`components`, 16 bytes a confirmed link; nothing of it passes through the driver.
+run again. One task holds a part (PART_ROWS rows), or the share of a block table that it sorts (SEARCH_ROWS hashes), or,
+for `components`, 16 bytes a confirmed link; nothing of it passes through the driver.
 """
 
 from __future__ import annotations
