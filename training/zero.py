@@ -154,7 +154,9 @@ def open_optimizer(model: torch.nn.Module, options: OptimizerOptions) -> torch.o
 
     # Matrices of the blocks; convolutions, tables, embedders and the output layer stay with Adam.
     turned = {
-        name for name, p in trained.items() if p.ndim == 2 and "transformer_blocks." in name and not name.endswith("_table")
+        name
+        for name, p in trained.items()
+        if p.ndim == 2 and "transformer_blocks." in name and not name.endswith("_table")
     }
     for name, parameter in trained.items():
         parameter.use_muon = name in turned  # type: ignore[attr-defined]  # ZeRO's partitions look for this mark
