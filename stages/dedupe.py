@@ -140,7 +140,8 @@ class NearDuplicates(Rule):
         head_position[heads] = np.arange(len(heads))
         head = head_position[leader]
         kept_head = keeper_of_head[head]
-        # A row equal to its head shares its fate: dropped for the head where that is kept, else for the head's keeper.
+        # A row equal to its head shares its fate: dropped for the head where that is kept, else for the head's keeper,
+        # also where a nearer row was kept in between. Copies of one picture name one keeper.
         keeper_rank = np.where(kept_head >= 0, heads[kept_head], np.where(leader != np.arange(count), leader, -1))
         distance_rank = np.where(kept_head >= 0, distance_of_head[head], np.where(keeper_rank >= 0, 0.0, np.nan))
 
