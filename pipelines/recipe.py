@@ -46,6 +46,8 @@ STAGE_TYPES = {
     "watermark": "stages.watermark:Watermark",
     "entropy": "stages.entropy:Entropy",
     "text_coverage": "stages.text_coverage:TextCoverage",
+    "latents": "stages.latents:Latents",
+    "text_embeddings": "stages.text_embeddings:TextEmbeddings",
     "recaption": "stages.recaption:Recaption",
     "synthetic_score": "stages.synthetic_score:SyntheticScore",
 }

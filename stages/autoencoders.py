@@ -158,8 +158,12 @@ class DeepCompression(Autoencoder):
 
 def _folder_digest(folder: Path) -> str:
     """One digest over the configuration and weights in a model folder, by file name."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".model")]
-    return weights_digest((path.name, file_digest(path)) for path in files)
+    return weights_digest((name, file_digest(path)) for name, path in folder_files(folder).items())
+
+
+def folder_files(folder: Path) -> dict[str, Path]:
+    """The files of a model folder that decide its numbers, by name."""
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".model")}
 
 
 def open_autoencoder(options: Mapping[str, Any], *, models: tuple[str, ...] = (), device: str = "cpu") -> Autoencoder:

@@ -58,17 +58,14 @@ class DecoderTextEncoder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        self.folder = Path(folder)
-        if not (self.folder / "config.json").exists() and (self.folder / "text_encoder" / "config.json").exists():
-            self.folder = self.folder / "text_encoder"
+        self.folder = _model_folder(Path(folder))
         if not (self.folder / "config.json").exists():
             raise ValueError(
                 f"text encoder: {self.folder} has no config.json: name the folder of a model that transformers saved"
             )
         if max_tokens < 2:
             raise ValueError(f"text encoder: max_tokens is {max_tokens}: at least 2 are needed (the first is <bos>)")
-        places = (self.folder, self.folder / "tokenizer", self.folder.parent / "tokenizer")
-        tokenizer_folder = next((p for p in places if (p / "tokenizer_config.json").exists()), None)
+        places, tokenizer_folder = _tokenizer_folder(self.folder)
         if tokenizer_folder is None:
             raise ValueError(
                 f"text encoder: no tokenizer_config.json in {', '.join(map(str, places))}: "
@@ -84,10 +81,9 @@ class DecoderTextEncoder:
         self.human_instruction = human_instruction
         self.instruction = "\n".join(sana_human_instruction()) if human_instruction else ""
         self.instruction_tokens = len(self.tokenizer.encode(self.instruction)) if human_instruction else 0
-        files = {path for place in {self.folder, tokenizer_folder} for path in place.iterdir()}
-        read = [path for path in files if path.suffix in (".json", ".safetensors", ".model")]
-        weights = weights_digest((path.name, file_digest(path)) for path in read)
-        self.digest = digest_of("text_encoder", weights, max_tokens, dtype, self.instruction)
+        files = (path for place in {self.folder, tokenizer_folder} for path in _read_files(place))
+        self.weights_digest = weights_digest((path.name, file_digest(path)) for path in files)
+        self.digest = digest_of("text_encoder", self.weights_digest, max_tokens, dtype, self.instruction)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         import torch
@@ -129,6 +125,29 @@ class DecoderTextEncoder:
             "dtype": self.dtype_name,
             "digest": self.digest,
         }
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files of a text encoder's folder, and of its tokenizer's, that decide its numbers, by name."""
+    model = _model_folder(folder)
+    tokenizer = _tokenizer_folder(model)[1]
+    return {path.name: path for place in {model, tokenizer} - {None} for path in _read_files(place)}
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder itself, or its text_encoder/ in a pipeline's layout."""
+    inner = folder / "text_encoder"
+    return inner if not (folder / "config.json").exists() and (inner / "config.json").exists() else folder
+
+
+def _tokenizer_folder(model: Path) -> tuple[tuple[Path, ...], Path | None]:
+    """(places looked at, the first with a tokenizer)."""
+    places = (model, model / "tokenizer", model.parent / "tokenizer")
+    return places, next((place for place in places if (place / "tokenizer_config.json").exists()), None)
+
+
+def _read_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".model")]
 
 
 def sana_human_instruction() -> list[str]:

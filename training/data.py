@@ -25,7 +25,6 @@ unpickled.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections import OrderedDict
@@ -33,14 +32,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.snapshot import Snapshot
+from stages.pixels import pixels_of
 from training.captions import Caption, CaptionSampler, usable_captions
+from training.features import CachedFeatures
 from training.objectives import TrainingBatch
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -283,37 +284,6 @@ def slices_of_step(step: int, global_batch: int, micro_batch: int, rank: int, wo
     ]
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def pixels_of(image: bytes, resolution: int) -> Tensor:
-    """(3, resolution, resolution) float32 in [-1, 1]: RGB, the short side resized to the resolution (bicubic), centre
-    crop.
-
-    Transparent pixels are laid on white. Raises ValueError or OSError where the bytes do not decode.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(image)) as opened:
-        # A JPEG decoder can halve while it decodes; twice the target leaves bicubic enough to work with.
-        opened.draft("RGB", (2 * resolution, 2 * resolution))
-        picture: Image.Image = ImageOps.exif_transpose(opened)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            picture = Image.new("RGBA", rgba.size, "white")
-            picture.alpha_composite(rgba)
-        picture = picture.convert("RGB")
-    width, height = picture.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    picture = picture.crop((left, top, left + resolution, top + resolution))
-    array = np.asarray(picture, dtype=np.uint8)
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
-
-
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 Share = Callable[[Tensor], Tensor]  # sums a tensor over all ranks, in place; the identity for one
@@ -327,6 +297,7 @@ class Encoders:
     text_encoder: TextEncoder
     resolution: int
     device: str = "cpu"
+    cached: CachedFeatures | None = None
 
     @torch.no_grad()
     def latents(self, images: Sequence[bytes]) -> Tensor:
@@ -339,6 +310,31 @@ class Encoders:
         """Features (B, L, C) and mask (B, L), float32, on the CPU."""
         features, mask = self.text_encoder.encode(list(captions))
         return features.float().cpu(), mask.float().cpu()
+
+    def latents_of(self, source: SnapshotSamples, samples: Sequence[Sample]) -> Tensor:
+        """(B, C, h, w) of samples: read where the snapshot has them, else computed."""
+        if self.cached is None or self.cached.latents_stage is None:
+            return self.latents([sample.image for sample in samples])
+        shape = cast(Any, self.autoencoder).latent_shape(self.resolution, self.resolution)
+        return torch.cat(
+            [
+                self.cached.latents(str(source.shards[sample.row.shard]["path"]), [sample.row.uid], shape)
+                for sample in samples
+            ]
+        )
+
+    def text_of(self, source: SnapshotSamples, rows: Sequence[Row], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, L, C) and mask (B, L) of rows' captions: read where the snapshot has them, else computed."""
+        if self.cached is None or self.cached.text_stage is None:
+            return self.text(captions)
+        encoder = cast(Any, self.text_encoder)
+        text = torch.zeros(len(rows), encoder.max_tokens, encoder.channels)
+        mask = torch.zeros(len(rows), encoder.max_tokens)
+        for place, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+            path = str(source.shards[row.shard]["path"])
+            states = self.cached.text(path, row.uid, caption, encoder.channels)
+            text[place, : len(states)], mask[place, : len(states)] = states, 1
+        return text, mask
 
 
 class Batches:
@@ -428,12 +424,13 @@ class Batches:
 
     def _from_shards(self, part: Slice) -> TrainingBatch:
         samples = [self.source.read(self.row(index), self.split) for index in part.indexes]
-        latents = self.encoders.latents([sample.image for sample in samples])
+        latents = self.encoders.latents_of(self.source, samples)
         captions = [
             self._chosen(self._choices(sample), index, sample.row.uid)
             for index, sample in zip(part.indexes, samples, strict=True)
         ]
-        return self._batch(latents, *self.encoders.text(captions), part)
+        rows = [sample.row for sample in samples]
+        return self._batch(latents, *self.encoders.text_of(self.source, rows, captions), part)
 
     def _from_cache(self, part: Slice) -> TrainingBatch:
         assert self._cache is not None
@@ -458,7 +455,7 @@ class Batches:
     def _fill(self, limit: int) -> _Cache | None:
         """Encode the whole split, each rank a part of it, or None where that would take more than `limit` bytes."""
         first = self.source.read(self._in_order(0), self.split)
-        one = self.encoders.latents([first.image])[0]
+        one = self.encoders.latents_of(self.source, [first])[0]
         # Distinct captions are not known before all are read; those of the first sample for every one is a guess with
         # several captions each, and the most there can be with one.
         each = len(self._choices(first)) * (self.null_text.numel() + self.null_mask.numel())
@@ -476,7 +473,7 @@ class Batches:
                 else []
             )
             if mine:
-                latents[start : start + len(samples)] = self.encoders.latents([sample.image for sample in samples])
+                latents[start : start + len(samples)] = self.encoders.latents_of(self.source, samples)
                 texts.update({start + offset: self._choices(sample) for offset, sample in enumerate(samples)})
         self.share(latents)
         plain = ([[one.text, one.source, one.score] for one in texts.get(place, [])] for place in range(self.samples))
@@ -484,12 +481,15 @@ class Batches:
         captions = [[Caption(*one) for one in json.loads(mine)] for mine in gathered]
         distinct = sorted({one.text for choices in captions for one in choices})
         number = {text: place for place, text in enumerate(distinct)}
+        owners = {one.text: place for place, choices in enumerate(captions) for one in choices}
         text = torch.zeros(len(distinct), *self.null_text.shape)
         mask = torch.zeros(len(distinct), *self.null_mask.shape)
         for start, mine in self._chunks(len(distinct), ENCODE_CAPTIONS):
             if mine:
                 part = distinct[start : start + ENCODE_CAPTIONS]
-                text[start : start + len(part)], mask[start : start + len(part)] = self.encoders.text(part)
+                text[start : start + len(part)], mask[start : start + len(part)] = self.encoders.text_of(
+                    self.source, [self._in_order(owners[one]) for one in part], part
+                )
         self.share(text)
         self.share(mask)
         # Columns that no caption of the snapshot reaches are padding everywhere: attention gives them weight 0 exactly.

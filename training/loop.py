@@ -41,6 +41,7 @@ from training import zero
 from training.captions import CaptionSampler
 from training.data import Batches, Encoders, SnapshotSamples, slices_of_step, training_batches, validation_batches
 from training.ema import Ema
+from training.features import CachedFeatures
 from training.linear_dit import LinearDiT, LinearDiTConfig, load_diffusers_folder
 from training.objectives import Phase, Randomness, build_objective
 from training.recipe import Recipe, numeric
@@ -282,8 +283,12 @@ class Training:
 
     def _open_data(self) -> tuple[Batches, Batches | None]:
         recipe, context = self.recipe, self.context
-        samples = SnapshotSamples(open_snapshot(self.job.snapshot))
-        encoders = Encoders(self.autoencoder, self.text_encoder, self.resolution, context.device)
+        snapshot = open_snapshot(self.job.snapshot)
+        samples, cached = SnapshotSamples(snapshot), None
+        if recipe.features.latents or recipe.features.text:
+            cached = CachedFeatures(snapshot, recipe.features.latents, recipe.features.text)
+            cached.check(self.autoencoder, self.resolution, self.text_encoder)
+        encoders = Encoders(self.autoencoder, self.text_encoder, self.resolution, context.device, cached)
         sampler = CaptionSampler(recipe.captions, recipe.seed) if recipe.captions else None
         shared: dict[str, Any] = {
             "cache_bytes": recipe.cache_bytes,

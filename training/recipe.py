@@ -100,6 +100,13 @@ class CaptionOptions(Section):
         return self
 
 
+class FeatureOptions(Section):
+    """Stages of the snapshot whose features are read instead of computed (training.features); none: computed."""
+
+    latents: str | None = None
+    text: str | None = None
+
+
 class Recipe(Section):
     """A training or distillation recipe. Lengths are in optimizer steps.
 
@@ -107,12 +114,12 @@ class Recipe(Section):
     from the autoencoder, the resolution and the text encoder unless written down. checkpoint_activations: recompute
     every n-th block in the backward pass; 0 keeps all. autoencoder, text_encoder: options of stages.autoencoders and
     stages.text_encoders. captions: which of a sample's captions is learnt from; without it, the original one.
-    objective: `type` and its options (training.objectives). precision: of parameters and activations; masters, EMA
-    and optimizer states are float32 always. ema_decay: at the end of its ramp
-    (training.ema); 0 publishes the raw weights. zero_stage: DeepSpeed's ZeRO stage; 2 holds every SANA size on 80 GB
-    cards. workers: one a GPU, or a few a CPU. cache_bytes: latents and text features of the whole snapshot are kept
-    in memory when they fit in this, each worker. keep_checkpoints: the newest so many; 0 keeps all. restarts: how
-    often a run starts itself again after a worker died.
+    features: what the snapshot holds ready: latents, text features. objective: `type` and its options
+    (training.objectives). precision: of parameters and activations; masters, EMA and optimizer states are float32
+    always. ema_decay: at the end of its ramp (training.ema); 0 publishes the raw weights. zero_stage: DeepSpeed's ZeRO
+    stage; 2 holds every SANA size on 80 GB cards. workers: one a GPU, or a few a CPU. cache_bytes: latents and text
+    features of the whole snapshot are kept in memory when they fit in this, each worker. keep_checkpoints: the newest
+    so many; 0 keeps all. restarts: how often a run starts itself again after a worker died.
     """
 
     name: str = Field(default="train", pattern=r"^[\w.-]{1,60}$")
@@ -122,6 +129,7 @@ class Recipe(Section):
     autoencoder: dict[str, Any] | None = None
     text_encoder: dict[str, Any] | None = None
     captions: CaptionOptions | None = None
+    features: FeatureOptions = FeatureOptions()
     objective: dict[str, Any] = {"type": "flow_matching"}
     optimizer: OptimizerOptions = OptimizerOptions()
     batch: BatchOptions = BatchOptions()
@@ -194,6 +202,7 @@ RESOURCES = frozenset(
         "log_every",
         "restarts",
         "checkpoint_activations",
+        "features",
     }
 )
 
