@@ -131,7 +131,8 @@ def model_files(folder: Path) -> dict[str, Path]:
     """The files of a text encoder's folder, and of its tokenizer's, that decide its numbers, by name."""
     model = _model_folder(folder)
     tokenizer = _tokenizer_folder(model)[1]
-    return {path.name: path for place in {model, tokenizer} - {None} for path in _read_files(place)}
+    places = [model] if tokenizer is None or tokenizer == model else [model, tokenizer]
+    return {path.name: path for place in places for path in _read_files(place)}
 
 
 def _model_folder(folder: Path) -> Path:

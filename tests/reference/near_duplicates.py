@@ -21,8 +21,8 @@ def pairs_within(hashes: np.ndarray, radius: int) -> list[tuple[int, int, int]]:
 def dropped(rows: list[dict], radius: int, same_look, held: list[bool] | None = None) -> dict[int, tuple[int, int]]:
     """row -> (keeper, distance) for rows as dicts with pixels, size_bytes, uid, shard, index, hash, look.
 
-    held: rows that come first and are never dropped. A row with hash and look of an earlier one goes for that one, or with
-    it for the same keeper, also where a nearer one was kept in between: copies of one picture name one keeper.
+    held: rows that come first and are never dropped. A row with hash and look of an earlier one goes for that one, or
+    with it for the same keeper, also where a nearer one was kept in between: copies of one picture name one keeper.
     """
     held = held or [False] * len(rows)
     order = sorted(

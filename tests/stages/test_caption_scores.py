@@ -10,8 +10,8 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from stages.synthetic_scores import CaptionProbe, CaptionScores, with_attributes_exchanged, with_relation_reversed
 
+from stages.caption_scores import CaptionProbe, CaptionScores, with_attributes_exchanged, with_relation_reversed
 from stages.contract import Batch, Context
 from tests.stages.test_clip_score import CONFIG
 
