@@ -95,7 +95,7 @@ def test_nothing_is_found_in_a_model_that_never_saw_them(world) -> None:
     found = copies(drawn, training, threshold, places)
     assert found.overall.value == 0
     assert found.overall.high < 0.02
-    assert threshold.false_alarms.value == 0
+    assert threshold.false_alarms.value <= 1 / 80  # of drawings of so few things one in 80 may be alike by chance
 
 
 def test_too_few_held_out_pictures_set_no_threshold(world) -> None:
