@@ -37,8 +37,9 @@ test: $(STAMP) ## One case a mechanism; under 15 minutes on two cores
 test-full: $(STAMP) ## Matrices, kills and the guides' own commands; under 35 minutes on two cores
 	$(PYTEST) -m full $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff (rules and layout) and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: $(STAMP) ## Lay out the code as ruff does
