@@ -565,14 +565,19 @@ def _recorded(kind: str, plan: Plan, store: Folder, options: Options) -> Iterato
             for digest, shard in zip(plan.digests, plan.shards, strict=True)
         )
         run.consume_many(
-            Artifact("weights", model["digest"], "", stage, {"files": model["files"]})
-            for stage, model in plan.models.items()
+            # The same weights behind two stages are one artifact, named after both.
+            Artifact("weights", model["digest"], "", ", ".join(_sharing(model, plan)), {"files": model["files"]})
+            for model in plan.models.values()
         )
         run.consume_many(
             Artifact("snapshot", parent.id, parent.folder.url, Path(parent.store.url).name)
             for parent in (*parents, *held_by)
         )
         yield run
+
+
+def _sharing(model: Mapping[str, Any], plan: Plan) -> list[str]:
+    return [stage for stage, other in plan.models.items() if other["digest"] == model["digest"]]
 
 
 def _produced(run: Run, snapshot: Snapshot, plan: Plan, options: Options) -> None:
