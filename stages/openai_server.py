@@ -225,7 +225,7 @@ class _Round:
         self.silent += 1
         if self.silent >= self.limits.stop_after:
             raise ServerError(
-                f"captioner: {self.server.url} left {self.silent} questions in a row without an answer, "
+                f"captioner: {self.server.url} left {self.limits.stop_after} questions in a row without an answer, "
                 f"{self.limits.attempts} attempts each (last: {reason}): see to the server and run the same command "
                 "again; what was answered is recorded"
             )

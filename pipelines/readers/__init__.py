@@ -36,7 +36,7 @@ from pipelines.readers.tar import tar_members
 
 __all__ = ["READER_VERSION", "InputShard", "Sample", "discover", "names_images", "read", "shard_digest"]
 
-READER_VERSION = 3
+READER_VERSION = 4
 # A shard is held as rows by one worker: more samples than this in one file are not read.
 MAX_SHARD_SAMPLES = 500_000
 

@@ -54,6 +54,8 @@ METADATA_ALIASES: Mapping[str, tuple[str, ...]] = {
     "hash": ("sha256", "md5", "hash"),
     "language": ("LANGUAGE", "language"),
     "license": ("license", "LICENSE"),
+    # What a server or page asked of machines: the X-Robots-Tag header or the robots meta tag, as text or a list.
+    "robots": ("robots", "x_robots_tag", "x-robots-tag", "X-Robots-Tag"),
     "mime_type": ("mime_type",),
     "source": ("source",),
     "exif": ("exif",),
@@ -166,6 +168,8 @@ def describe(sample: Sample, metadata: Any) -> None:
         sample.source_uid = clean_name(str(source_uid))[:200]
     for name, aliases in METADATA_ALIASES.items():
         value = _first(metadata, aliases)
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            value = ", ".join(value)
         if isinstance(value, str | int | float) and name not in sample.metadata:
             sample.metadata[name] = clean_text(value)[:2048] if isinstance(value, str) else value
     status = metadata.get("status")

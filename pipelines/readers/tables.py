@@ -32,6 +32,7 @@ from pipelines.readers.samples import (
     KEY_ALIASES,
     MAX_MEMBER_BYTES,
     MAX_TEXT_BYTES,
+    METADATA_ALIASES,
     URL_ALIASES,
     Sample,
     clean_name,
@@ -172,8 +173,9 @@ def _parquet(address: str) -> tuple[Iterator[dict[str, Any]], Find]:
     if where is None and not any(name in schema.names for name in CAPTION_ALIASES):
         raise ValueError(f"no column of images, addresses or captions among {', '.join(map(clean_name, schema.names))}")
     columns = list(dict.fromkeys(name for name in schema.names if name in ALL_ALIASES or name == where))
-    # A column of bytes or of nested values under a caption's name is no caption.
-    columns = [name for name in columns if name in (where, "captions") or _is_plain(schema.field(name).type)]
+    # A column of bytes or of nested values under a caption's name is no caption; some are lists of texts by nature.
+    lists = {where, "captions", *METADATA_ALIASES["robots"]}
+    columns = [name for name in columns if name in lists or _is_plain(schema.field(name).type)]
 
     def find(row: Mapping[str, Any]) -> bytes | str | None:
         value = row.get(where) if where else None

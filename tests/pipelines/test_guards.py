@@ -9,11 +9,14 @@ from pathlib import Path
 
 import imagehash
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipelines.lineage.ledger import open_ledger
 from pipelines.plan import check_flow
 from pipelines.recipe import load_recipe
 from pipelines.report.pages import samples_page, snapshot_page
@@ -198,3 +201,40 @@ def test_what_a_safety_rule_drops_or_could_not_judge_is_not_shown(world: Path, t
     assert colours_on(snapshot_page(snapshot.folder.url)) == kept
     (column,) = [column for column in snapshot.manifest["columns"] if column["name"] == "safety.score"]
     assert column["scale"] == "probability 0..1"
+
+
+def test_opt_outs_that_a_dataset_carries_are_honoured(tmp_path: Path) -> None:
+    """Robots tags and licences as columns of a Parquet table, under the names that datasets give them."""
+    rows = [
+        ("free to use", None, "CC-BY 4.0"),
+        ("a header", ["noimageai", "noarchive"], "cc by 4.0"),
+        ("addressed to a bot", ["otherbot: noai"], "cc0"),
+        ("all rights reserved", None, "proprietary"),
+        ("harmless tags", ["max-snippet"], "CC0"),
+    ]
+    table = pa.table(
+        {
+            "caption": [f"{caption} in a field of grass" for caption, _, _ in rows],
+            "x_robots_tag": [tags for _, tags, _ in rows],
+            "license": [licence for _, _, licence in rows],
+        }
+    )
+    pq.write_table(table, tmp_path / "0.parquet")
+    rule = {
+        "type": "opt_out",
+        "tags": "metadata.robots",
+        "licence": "metadata.license",
+        "licences": ["cc0", "cc by 4.0"],
+    }
+    recipe = load_recipe(
+        {
+            "input": {"url": str(tmp_path / "0.parquet")},
+            "stages": {"text": {"type": "text_quality"}},
+            "rules": {"opt_out": rule},
+            "held_out": {"fraction": 0},
+        }
+    )
+    snapshot = curate(recipe, Options(output=str(tmp_path / "out"), engine="local", quiet=True, report=False))
+    with open_ledger(snapshot.folder.url) as ledger:
+        reasons = [row["reason"] for row in ledger.rows('SELECT reason FROM ledger ORDER BY "index"')]
+    assert reasons == [None, "opt-out: noimageai", "opt-out: noai", "opt-out: licence proprietary", None]
