@@ -519,12 +519,17 @@ def select(source: Snapshot, recipe: Recipe, options: Options, measure_missing: 
             if measure_missing:
                 measured = measure(plan, store, engine, options)
             else:
-                _check_units(store, provenance["units"])
+                _check_units(store, plan, provenance["units"])
                 measured = Measured(_judged_shards(plan, provenance["units"]))
             return _finish(plan, measured, store, engine, options, started, run)
 
 
-def _check_units(store: Folder, units: Sequence[Mapping[str, str]]) -> None:
+def _check_units(store: Folder, plan: Plan, units: Sequence[Mapping[str, str]]) -> None:
+    if count_missing(store, [plan.rows_path(digest) for digest in plan.digests]):
+        raise RecipeError(
+            f"{store.url} was read by another version of Sluice's readers: run sluice curate again, which reads it "
+            "anew, and select from that snapshot"
+        )
     missing = count_missing(store, [path for mine in units for path in mine.values()])
     if missing:
         raise RecipeError(f"{store.url} has lost {missing} of its measured units; run sluice curate again")

@@ -221,6 +221,14 @@ def test_select_refuses_to_revive_rows_that_were_never_measured_unless_told_to_m
     assert fresh.id == revived.id
 
 
+def test_select_says_what_to_do_where_other_readers_read_the_rows(tmp_path, monkeypatch):
+    source = run(tmp_path / "out", raw.write_world(tmp_path / "raw"), GATED)
+    base = {name: source.manifest["recipe"][name] for name in ("stages", "rules", "held_out", "pack")}
+    monkeypatch.setattr("pipelines.plan.READER_VERSION", 10**6)
+    with pytest.raises(RecipeError, match="another version of Sluice's readers: run sluice curate again"):
+        select(source, load_recipe(base), Options(output="", engine="local", quiet=True, report=False))
+
+
 def test_held_out_rows_are_whole_duplicate_groups_and_a_child_inherits_them(tmp_path):
     url = raw.write_world(tmp_path / "raw", shards=4)
     parent = run(tmp_path / "out", url)
